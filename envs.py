@@ -1,0 +1,595 @@
+"""Pinpad tasks: visit coloured cells in a hidden order, one reward at the very end.
+
+This file holds the grid task of the paper (arXiv 2512.20605, App. A): its rules, its task tables, its
+dynamic-programming expert and the Bayes-optimal predictor of that expert. Everything is written once, for a
+batch of episodes, in numpy (`GridBatch`); the Gymnasium environment `InternalRL/GridPinpad-v0` is its B=1 view.
+
+    import gymnasium, envs
+    env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 post-training task
+    env = gymnasium.make("InternalRL/GridPinpad-v0", size=5, colours=4, walls=2, task=(0, 2, 1))
+
+Conventions: a cell is one number, row * size + column, row 0 on top. Actions: 0 up, 1 down, 2 left, 3 right.
+B episodes, T steps, G the grid's size, O colours, W walls, L visits in the longest task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+
+MOVES = ((-1, 0), (1, 0), (0, -1), (0, 1))  # up, down, left, right
+FAR = 127  # "no path" in the int8 distance fields
+
+
+# ----------------------------------------------------------------------------------------------------
+# Task sets (paper: App. A, Tables A1 and A2)
+# ----------------------------------------------------------------------------------------------------
+
+
+def parse_tasks(text: str) -> tuple[tuple[int, ...], ...]:
+    """'0-1-4-5 2-3-0-1' -> ((0, 1, 4, 5), (2, 3, 0, 1))."""
+    return tuple(tuple(int(colour) for colour in task.split("-")) for task in text.split())
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The sizes and tasks of one pinpad world. A task is the sequence of colours to visit, in order."""
+
+    size: int  # G: the grid has G x G cells
+    colours: int  # O
+    walls: int  # W
+    limit: int  # T: an episode that is not solved after this many steps ends with reward 0
+    subgoals: tuple[tuple[int, ...], ...]  # the colours of each subgoal ("abstract action")
+    pretrain: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
+    post: tuple[int, ...]  # the task of reinforcement learning
+
+    def __post_init__(self):
+        check_sizes(self.size, self.colours, self.walls, self.limit)
+        for task in (*self.pretrain, self.post):
+            check_task(task, self.colours)
+
+    @property
+    def objects(self) -> int:
+        """Things that lie on the grid: O colours, W walls and the agent."""
+        return self.colours + self.walls + 1
+
+    @property
+    def post_subgoals(self) -> int:
+        """Subgoals in the post-training task."""
+        return len(self.post) // len(self.subgoals[0])
+
+    @property
+    def counting_success(self) -> float:
+        """Success of choosing among the subgoals at random: (1 / subgoals) ** (subgoals in the task)."""
+        return len(self.subgoals) ** -float(self.post_subgoals)
+
+    def subgoal_of_colour(self) -> np.ndarray:
+        """Index of the subgoal each colour belongs to, (O,)."""
+        index = np.full(self.colours, -1)
+        for i, subgoal in enumerate(self.subgoals):
+            index[list(subgoal)] = i
+        return index
+
+    def transitions(self, task) -> set[tuple[int, int]]:
+        """The pairs (subgoal a, next subgoal b) of a task."""
+        names = self.subgoal_of_colour()[list(task)][:: len(self.subgoals[0])]
+        return {(int(a), int(b)) for a, b in zip(names[:-1], names[1:])}
+
+
+def check_sizes(size: int, colours: int, walls: int, limit: int) -> None:
+    """Raise ValueError, naming the argument, unless these sizes make a grid."""
+    for name, value, least in (("size", size, 2), ("colours", colours, 1), ("walls", walls, 0), ("limit", limit, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value} is too small: it must be at least {least}")
+    if colours + walls + 1 > size * size:
+        raise ValueError(
+            f"colours={colours} and walls={walls} and the agent do not fit in size={size} ({size * size} cells)"
+        )
+
+
+def check_task(task, colours: int) -> None:
+    """Raise ValueError unless `task` is a sequence of colours 0..colours-1 without immediate repetition."""
+    if not task or any(not 0 <= colour < colours for colour in task):
+        raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{colours - 1}")
+    if any(a == b for a, b in zip(task[:-1], task[1:])):
+        raise ValueError(f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell")
+
+
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
+TABLE_A1 = parse_tasks(
+    "0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7 "
+    "4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3"
+)
+TABLE_A2 = parse_tasks(
+    "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
+)
+TASK_SETS = {
+    # The paper's grid (App. A, Table A1). No subgoal transition of the post-training task is in Table A1.
+    "paper": TaskSet(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
+    # A small grid of the same kind: the paper's ant tasks (Table A2), single colours as subgoals.
+    "small": TaskSet(5, 4, 1, 60, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# Geometry tables, built once per grid size
+# ----------------------------------------------------------------------------------------------------
+
+
+def neighbour_table(size: int) -> np.ndarray:
+    """Cell reached by each action on an empty grid, (G*G, 4); a move out of the grid stays."""
+    cells = np.arange(size * size)
+    row, column = np.divmod(cells, size)
+    table = [
+        np.clip(row + dr, 0, size - 1) * size + np.clip(column + dc, 0, size - 1) for dr, dc in MOVES
+    ]
+    return np.stack(table, axis=1)
+
+
+def offset_table(size: int) -> np.ndarray:
+    """Index in 0..(2G-1)^2-1 of the offset (object - agent), as table[object cell, agent cell]."""
+    row, column = np.divmod(np.arange(size * size), size)
+    dr = row[:, None] - row[None, :] + size - 1
+    dc = column[:, None] - column[None, :] + size - 1
+    return dr * (2 * size - 1) + dc
+
+
+def mirror_table(size: int) -> np.ndarray:
+    """The 8 symmetries of the square as maps of cells, (8, G*G); symmetry 0 is the identity."""
+    grid = np.arange(size * size).reshape(size, size)
+    turned = [np.rot90(view, k) for view in (grid, grid.T) for k in range(4)]
+    return np.stack([view.reshape(-1) for view in turned])
+
+
+# ----------------------------------------------------------------------------------------------------
+# The batched core: layouts and dynamics
+# ----------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where everything lies at the start of B episodes (cells)."""
+
+    colours: np.ndarray  # (B, O)
+    walls: np.ndarray  # (B, W)
+    agent: np.ndarray  # (B,)
+
+    def take(self, index) -> Layout:
+        return Layout(self.colours[index], self.walls[index], self.agent[index])
+
+
+def sample_layouts(world: TaskSet, count: int, rng: np.random.Generator) -> Layout:
+    """`count` layouts: colours, walls and agent on distinct cells, uniformly."""
+    keys = rng.random((count, world.size**2), dtype=np.float32)
+    cells = np.argpartition(keys, world.objects - 1, axis=1)[:, : world.objects]
+    cells = rng.permuted(cells, axis=1)  # argpartition's own order is not uniform
+    return Layout(cells[:, : world.colours], cells[:, world.colours : -1], cells[:, -1])
+
+
+def pad_tasks(tasks) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks of unequal length -> colours (B, L + 1) padded with -1, lengths (B,)."""
+    lengths = np.array([len(task) for task in tasks])
+    padded = np.full((len(tasks), lengths.max() + 1), -1)
+    for row, task in zip(padded, tasks):
+        row[: len(task)] = task
+    return padded, lengths
+
+
+class GridBatch:
+    """B episodes of grid pinpad that step together. Finished ones are dropped with `select`.
+
+    Arguments: world, the sizes and the limit; layout, B start layouts; tasks, a list of B colour sequences or
+    the result of `pad_tasks`; roam, whether visits neither count nor end anything (to see where a policy goes).
+    """
+
+    def __init__(self, world: TaskSet, layout: Layout, tasks, roam: bool = False):
+        self.world, self.roam = world, roam
+        self.colours, self.walls = layout.colours, layout.walls
+        self.agent = layout.agent.copy()
+        self.tasks, self.lengths = tasks if isinstance(tasks, tuple) else pad_tasks(tasks)
+        B = len(self.agent)
+        self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
+        self.time = np.zeros(B, dtype=np.int64)
+        # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
+        self.content = np.full((B, world.size**2), -1, dtype=np.int64)
+        things = np.concatenate([self.colours, self.walls], axis=1)
+        np.put_along_axis(self.content, things, np.arange(things.shape[1])[None], axis=1)
+        self._rows = np.arange(B)
+        self._neighbour = neighbour_table(world.size)
+
+    def __len__(self) -> int:
+        return len(self.agent)
+
+    def step(self, actions: np.ndarray):
+        """actions (B,) -> visited colour or -1 (B,), reward (B,), done (B,)."""
+        target = self._neighbour[self.agent, actions]
+        on_target = self.content[self._rows, target]
+        moved = (target != self.agent) & (on_target < self.world.colours)  # neither the border nor a wall
+        self.agent = np.where(moved, target, self.agent)
+        visited = np.where(moved, on_target, -1)  # a bump is no visit
+        self.time += 1
+        if self.roam:
+            return visited, np.zeros(len(self), dtype=np.float32), self.time >= self.world.limit
+        correct = (visited >= 0) & (visited == self.goal())
+        self.stage += correct
+        solved = self.stage == self.lengths
+        wrong = (visited >= 0) & ~correct
+        done = solved | wrong | (self.time >= self.world.limit)
+        return visited, solved.astype(np.float32), done
+
+    def goal(self) -> np.ndarray:
+        """The colour to visit next, -1 once solved, (B,). Hidden from the agent."""
+        return self.tasks[self._rows, self.stage]
+
+    def subgoal(self) -> np.ndarray:
+        """Index of the current subgoal, -1 once solved, (B,). For evaluation only."""
+        index = np.append(self.world.subgoal_of_colour(), -1)
+        return index[self.goal()]
+
+    def select(self, index: np.ndarray) -> None:
+        """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
+        for name in ("colours", "walls", "agent", "tasks", "lengths", "stage", "time", "content"):
+            setattr(self, name, getattr(self, name)[index])
+        self._rows = np.arange(len(self.agent))
+
+    def cells(self) -> np.ndarray:
+        """Cell of every colour, every wall and the agent, (B, O + W + 1): where `observe` has its ones."""
+        return np.concatenate([self.colours, self.walls, self.agent[:, None]], axis=1)
+
+    def observe(self) -> np.ndarray:
+        """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
+        obs = np.zeros((len(self), self.world.size**2, self.world.objects), dtype=np.float32)
+        obs[self._rows[:, None], self.cells(), np.arange(self.world.objects)] = 1
+        return obs.reshape(len(self), -1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The expert (dynamic programming) and its trajectories
+# ----------------------------------------------------------------------------------------------------
+
+
+def distance_fields(world: TaskSet, layout: Layout) -> np.ndarray:
+    """Steps from every cell to every colour, walls and the *other* colours being obstacles.
+
+    Returns (B, O, G*G) int8, FAR where there is no path. Relaxation: d = min(d, 1 + min over neighbours),
+    all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest.
+    """
+    B, G, O = len(layout.agent), world.size, world.colours
+    blocked = np.zeros((G * G, O, B), dtype=bool)
+    rows = np.arange(B)
+    for wall in layout.walls.T:
+        blocked[wall, :, rows] = True
+    for colour in range(O):
+        cell = layout.colours[:, colour]
+        goal = np.arange(O) == colour
+        blocked[cell, :, rows] = ~goal
+    field = np.full((G + 2, G + 2, O, B), FAR, dtype=np.int8)
+    inner = field[1:-1, 1:-1]
+    grid = inner.reshape(G * G, O, B)  # a copy: fill it, then write it back
+    for colour in range(O):
+        grid[layout.colours[:, colour], colour, rows] = 0
+    inner[...] = grid.reshape(G, G, O, B)
+    wall_value = np.where(blocked, FAR, 0).astype(np.int8).reshape(G, G, O, B)
+    while True:
+        best = np.minimum(field[:-2, 1:-1], field[2:, 1:-1])
+        np.minimum(best, field[1:-1, :-2], out=best)
+        np.minimum(best, field[1:-1, 2:], out=best)
+        best += best < FAR
+        np.minimum(best, inner, out=best)
+        np.maximum(best, wall_value, out=best)
+        if np.array_equal(best, inner):
+            return np.ascontiguousarray(inner.transpose(3, 2, 0, 1)).reshape(B, O, G * G)
+        inner[...] = best
+
+
+def shortest_actions(field: np.ndarray, rows, target, agent, neighbour: np.ndarray) -> np.ndarray:
+    """Which actions lie on a shortest path: a mask (B, 4). field (., O, G*G); rows, target, agent (B,)."""
+    reach = field[rows[:, None], target[:, None], neighbour[agent]]  # (B, 4)
+    return (reach == reach.min(axis=1, keepdims=True)) & (reach < FAR) & (neighbour[agent] != agent[:, None])
+
+
+def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
+    rows = np.arange(len(tasks))
+    neighbour = neighbour_table(int(round(field.shape[-1] ** 0.5)))
+    ok = np.ones(len(tasks), dtype=bool)
+    start = layout.agent
+    for i in range(tasks.shape[1] - 1):
+        active = lengths > i
+        target = np.where(active, tasks[:, i], 0)
+        # The start may itself be a coloured cell, an obstacle of this field: look at the cells around it.
+        reach = field[rows[:, None], target[:, None], neighbour[start]]
+        reach = np.where(neighbour[start] == start[:, None], FAR, reach)
+        ok &= ~active | (reach.min(axis=1) < FAR)
+        start = np.where(active, layout.colours[rows, target], start)
+    return ok
+
+
+class Episodes(NamedTuple):
+    """N expert trajectories, padded to T steps."""
+
+    colours: np.ndarray  # (N, O) cells
+    walls: np.ndarray  # (N, W) cells
+    agent: np.ndarray  # (N, T + 1) cell of the agent before each action and after the last (then repeated)
+    actions: np.ndarray  # (N, T)
+    expert: np.ndarray  # (N, T, 4) the clean expert's action probabilities: uniform over shortest paths
+    goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
+    mask: np.ndarray  # (N, T) True on real steps
+    task: np.ndarray  # (N,) index into the list of tasks
+
+    def cells(self) -> np.ndarray:
+        """The observations, the last one included, as `GridBatch.cells` gives them, (N, T + 1, O + W + 1)."""
+        things = np.concatenate([self.colours, self.walls], axis=1)
+        things = np.broadcast_to(things[:, None], (*self.agent.shape, things.shape[1]))
+        return np.concatenate([things, self.agent[..., None]], axis=-1)
+
+    def take(self, index) -> Episodes:
+        """The episodes of `index`, with the padding cut to the longest of them."""
+        longest = int(self.mask[index].sum(axis=1).max())
+        cut = {"agent": longest + 1, "actions": longest, "expert": longest, "goal": longest, "mask": longest}
+        return Episodes(*(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items()))
+
+
+def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator):
+    """`count` random solvable (layout, task) pairs, by rejection.
+
+    Returns layout, task index (count,), distance fields, share of unsolvable draws. Given the layout, the task
+    is then uniform over the tasks that can be solved on it, which is the prior of `bayes_predictor`.
+    """
+    padded, lengths = pad_tasks(tasks)
+    parts, drawn, kept = [], 0, 0
+    while kept < count:
+        layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
+        index = rng.integers(len(tasks), size=len(layout.agent))
+        field = distance_fields(world, layout)
+        ok = np.flatnonzero(solvable(field, layout, padded[index], lengths[index]))
+        drawn += len(index)
+        kept += len(ok)
+        parts.append((layout.take(ok), index[ok], field[ok]))
+    layouts, indices, fields = zip(*parts)
+    layout = Layout(*(np.concatenate(column)[:count] for column in zip(*layouts)))
+    return layout, np.concatenate(indices)[:count], np.concatenate(fields)[:count], 1 - kept / drawn
+
+
+def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024):
+    """`count` successful expert trajectories on random solvable layouts -> Episodes, share of unsolvable draws.
+
+    With probability `noise` a step takes a random action that ends nothing and closes no way (paper: eps). With
+    probability `displace` a step is followed by a jump to a random free cell (ours: it shows what to do from
+    places the expert would not pass, and unlike `noise` leaves every action an expert's). The recorded expert
+    probabilities stay the clean expert's. Episodes over the time limit are drawn again. Worked on in chunks
+    that fit the processor's cache.
+    """
+    parts, unsolvable, made = [], [], 0
+    while made < count:
+        part, share = _expert_chunk(world, tasks, min(chunk, count - made), rng, noise, displace)
+        parts.append(part)
+        unsolvable.append(share)
+        made += len(part.task)
+    T = max(part.mask.shape[1] for part in parts)
+
+    def join(name):
+        arrays = [getattr(part, name) for part in parts]
+        if name in ("agent", "actions", "expert", "goal", "mask"):
+            more = [[(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2) for part, a in zip(parts, arrays)]
+            options = {"goal": {"constant_values": -1}, "agent": {"mode": "edge"}}.get(name, {})
+            arrays = [np.pad(a, pad, **options) for a, pad in zip(arrays, more)]
+        return np.concatenate(arrays)
+
+    return Episodes(*(join(name) for name in Episodes._fields)), float(np.mean(unsolvable))
+
+
+def _expert_chunk(world, tasks, count, rng, noise, displace):
+    layout, task, field, share = solvable_layouts(world, tasks, count, rng)
+    padded, lengths = pad_tasks(tasks)
+    batch = GridBatch(world, layout, (padded[task], lengths[task]))
+    neighbour = neighbour_table(world.size)
+    record = {
+        "agent": np.repeat(layout.agent[:, None], world.limit + 1, axis=1),
+        "actions": np.zeros((count, world.limit), dtype=np.int64),
+        "expert": np.zeros((count, world.limit, 4), dtype=np.float32),
+        "goal": np.full((count, world.limit), -1, dtype=np.int64),
+        "mask": np.zeros((count, world.limit), dtype=bool),
+    }
+    alive, success = np.arange(count), np.zeros(count, dtype=bool)
+    for t in range(world.limit):
+        goal = batch.goal()
+        best = shortest_actions(field, alive, goal, batch.agent, neighbour)
+        action = _choose(best, rng)
+        if noise > 0:
+            free = _harmless_actions(batch, field, alive, goal, neighbour)
+            action = np.where(rng.random(len(action)) < noise, _choose(free, rng), action)
+        record["actions"][alive, t] = action
+        record["expert"][alive, t] = best / best.sum(axis=1, keepdims=True)
+        record["goal"][alive, t] = goal
+        record["mask"][alive, t] = True
+        _, reward, done = batch.step(action)
+        if displace > 0:
+            _displace(batch, field, alive, np.flatnonzero(~done & (rng.random(len(done)) < displace)), rng)
+        record["agent"][alive, t + 1 :] = batch.agent[:, None]
+        success[alive[reward > 0]] = True
+        alive = alive[~done]
+        batch.select(~done)
+        if not len(alive):
+            break
+    record = {name: value[success][:, : t + 1 + (name == "agent")] for name, value in record.items()}
+    return Episodes(layout.colours[success], layout.walls[success], **record, task=task[success]), share
+
+
+def _choose(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One allowed action per row, uniformly; allowed (B, 4) has a True in every row."""
+    return np.argmax(allowed * (1 + rng.random(allowed.shape, dtype=np.float32)), axis=1)
+
+
+def _harmless_actions(batch: GridBatch, field, rows, goal, neighbour) -> np.ndarray:
+    """Actions that neither visit a wrong colour nor lead where the goal cannot be reached, (B, 4)."""
+    target = neighbour[batch.agent]  # (B, 4)
+    content = batch.content[batch._rows[:, None], target]
+    bump = (target == batch.agent[:, None]) | (content >= batch.world.colours)
+    return bump | (field[rows[:, None], goal[:, None], target] < FAR)
+
+
+def _displace(batch: GridBatch, field, rows, chosen, rng: np.random.Generator) -> None:
+    """Move the agents of the `chosen` episodes to a random cell, if it is free and the goal can be reached."""
+    cell = rng.integers(batch.world.size**2, size=len(chosen))
+    free = batch.content[chosen, cell] < 0
+    free &= field[rows[chosen], batch.goal()[chosen], cell] < FAR
+    batch.agent[chosen[free]] = cell[free]
+
+
+def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
+    """The best possible next-action probabilities given the observations so far, (N, T, 4).
+
+    The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the clean expert's likelihood of the
+    moves so far, over the tasks that can be solved on this layout. Its loss on held-out episodes is the floor of
+    every base model. For episodes without noise.
+    """
+    padded, lengths = pad_tasks(tasks)
+    N, T = episodes.mask.shape
+    K = len(tasks)
+    layout = Layout(episodes.colours, episodes.walls, episodes.agent[:, 0])
+    field = distance_fields(world, layout)
+    neighbour = neighbour_table(world.size)
+    posterior = np.stack(
+        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)], axis=1
+    ).astype(float)
+    rows = np.repeat(np.arange(N), K)
+    stage = np.zeros(N, dtype=np.int64)
+    result = np.zeros((N, T, 4), dtype=np.float32)
+    for t in range(T):
+        live = episodes.mask[:, t]
+        goals = padded[:, np.minimum(stage, padded.shape[1] - 1)].T  # (N, K); -1 where the task is over
+        target = np.maximum(goals, 0).reshape(-1)
+        best = shortest_actions(field, rows, target, np.repeat(episodes.agent[:, t], K), neighbour)
+        chance = best / np.maximum(best.sum(axis=1, keepdims=True), 1)
+        chance = chance.reshape(N, K, 4) * (goals >= 0)[..., None]
+        posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
+        result[:, t] = (posterior[..., None] * chance).sum(axis=1) * live[:, None]
+        taken = chance[np.arange(N), :, episodes.actions[:, t]]
+        posterior = np.where(live[:, None], posterior * taken, posterior)
+        if t + 1 < T:  # a visit also tells which tasks are still possible
+            visit = live & episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
+            posterior = np.where(visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior)
+            stage += visit
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------
+# The Gymnasium environment
+# ----------------------------------------------------------------------------------------------------
+
+COLOURS = np.array(
+    [
+        (230, 60, 60), (60, 110, 230), (60, 170, 75), (240, 200, 40),
+        (150, 70, 190), (240, 140, 40), (70, 200, 220), (240, 130, 190),
+    ],
+    dtype=np.uint8,
+)  # fmt: skip
+
+
+class GridPinpad(gym.Env):
+    """Grid pinpad: visit the colours of a hidden task in order.
+
+    ## Description
+    A size x size grid with `colours` coloured cells and `walls` walls at random places. A coloured cell is
+    visited when the agent moves onto it from another cell. Defaults: the paper's 7x7 post-training task.
+
+    ## Action
+    Discrete(4): 0 up, 1 down, 2 left, 3 right. A move into a wall or out of the grid does nothing.
+
+    ## Observation
+    Box of 0s and 1s, (size * size * (colours + walls + 1),), row-major over cells, then channels:
+
+    | channel | meaning |
+    |---|---|
+    | 0 .. colours - 1 | this colour lies on the cell |
+    | colours .. colours + walls - 1 | this wall stands on the cell |
+    | colours + walls | the agent is on the cell |
+
+    Neither the task nor the history of visits is in it.
+
+    ## Reward
+    1 when the last colour of the task is visited in order, else 0.
+
+    ## Start
+    Colours, walls and agent on distinct cells, uniformly. Layouts are not checked for solvability unless
+    `reset(options={"solvable": True})`.
+
+    ## End
+    Terminates when the task is solved, when a wrong colour is visited, and after `limit` steps: the limit is
+    part of the task. Never truncates. `info["subgoal"]` is the true subgoal: for evaluation only.
+
+    ## Arguments
+    size, colours, walls, limit, task (a sequence of colours), subgoals (the colours of each subgoal; single
+    colours where the default pairs do not fit), render_mode ("ansi" or "rgb_array").
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(self, size=7, colours=8, walls=4, limit=100, task=None, subgoals=None, render_mode=None):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
+        task = TASK_SETS["paper"].post if task is None else tuple(task)
+        if subgoals is None:
+            subgoals = PAIRS if colours == 8 else tuple((c,) for c in range(colours))
+        self.world = TaskSet(size, colours, walls, limit, tuple(subgoals), (task,), task)
+        self.render_mode = render_mode
+        self.action_space = gym.spaces.Discrete(4)
+        shape = (size * size * self.world.objects,)
+        self.observation_space = gym.spaces.Box(0.0, 1.0, shape, np.float32)
+        self._batch: GridBatch | None = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if (options or {}).get("solvable"):
+            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
+        else:
+            layout = sample_layouts(self.world, 1, self.np_random)
+        self._batch = GridBatch(self.world, layout, [self.world.post])
+        return self._batch.observe()[0], self._info()
+
+    def step(self, action):
+        if not self.action_space.contains(action):
+            raise ValueError(f"action={action!r} must be an integer 0..3")
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        _, reward, done = self._batch.step(np.array([action]))
+        return self._batch.observe()[0], float(reward[0]), bool(done[0]), False, self._info()
+
+    def render(self):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "ansi":
+            return grid_text(self.world, self._batch.content[0], int(self._batch.agent[0]))
+        if self.render_mode == "rgb_array":
+            return grid_picture(self.world, self._batch.content[0], int(self._batch.agent[0]))
+        return None
+
+    def _info(self) -> dict:
+        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
+
+
+def grid_text(world: TaskSet, content: np.ndarray, agent: int) -> str:
+    """One character a cell: digits are colours, # walls, @ the agent (* when it stands on a colour)."""
+    marks = np.array([*(str(c % 10) for c in range(world.colours)), *"#" * world.walls, "."])[content]
+    marks[agent] = "*" if 0 <= content[agent] < world.colours else "@"
+    return "\n".join(" ".join(row) for row in marks.reshape(world.size, world.size)) + "\n"
+
+
+def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 24) -> np.ndarray:
+    """An RGB picture (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
+    palette = np.concatenate([
+        COLOURS[np.arange(world.colours) % len(COLOURS)],
+        np.full((world.walls, 3), 70, dtype=np.uint8),
+        np.full((1, 3), 245, dtype=np.uint8),
+    ])  # fmt: skip
+    picture = palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+    row, column = divmod(agent, world.size)
+    inset = scale // 4
+    picture[row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset] = 0
+    return picture
+
+
+gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)
