@@ -81,7 +81,12 @@ class TaskSet:
 
 def check_sizes(size: int, colours: int, walls: int, limit: int) -> None:
     """Raise ValueError, naming the argument, unless these sizes make a grid."""
-    for name, value, least in (("size", size, 2), ("colours", colours, 1), ("walls", walls, 0), ("limit", limit, 1)):
+    for name, value, least in (
+        ("size", size, 2),
+        ("colours", colours, 1),
+        ("walls", walls, 0),
+        ("limit", limit, 1),
+    ):
         if value < least:
             raise ValueError(f"{name}={value} is too small: it must be at least {least}")
     if colours + walls + 1 > size * size:
@@ -95,7 +100,9 @@ def check_task(task, colours: int) -> None:
     if not task or any(not 0 <= colour < colours for colour in task):
         raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{colours - 1}")
     if any(a == b for a, b in zip(task[:-1], task[1:])):
-        raise ValueError(f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell")
+        raise ValueError(
+            f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell"
+        )
 
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -110,7 +117,7 @@ TASK_SETS = {
     # The paper's grid (App. A, Table A1). No subgoal transition of the post-training task is in Table A1.
     "paper": TaskSet(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
     # A small grid of the same kind: the paper's ant tasks (Table A2), single colours as subgoals.
-    "small": TaskSet(5, 4, 1, 60, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
+    "small": TaskSet(5, 4, 1, 100, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
 }
 
 
@@ -123,9 +130,7 @@ def neighbour_table(size: int) -> np.ndarray:
     """Cell reached by each action on an empty grid, (G*G, 4); a move out of the grid stays."""
     cells = np.arange(size * size)
     row, column = np.divmod(cells, size)
-    table = [
-        np.clip(row + dr, 0, size - 1) * size + np.clip(column + dc, 0, size - 1) for dr, dc in MOVES
-    ]
+    table = [np.clip(row + dr, 0, size - 1) * size + np.clip(column + dc, 0, size - 1) for dr, dc in MOVES]
     return np.stack(table, axis=1)
 
 
@@ -319,6 +324,10 @@ class Episodes(NamedTuple):
     mask: np.ndarray  # (N, T) True on real steps
     task: np.ndarray  # (N,) index into the list of tasks
 
+    def lengths(self) -> np.ndarray:
+        """Steps of each episode, (N,): also the place of its last observation in `cells`."""
+        return self.mask.sum(axis=1)
+
     def cells(self) -> np.ndarray:
         """The observations, the last one included, as `GridBatch.cells` gives them, (N, T + 1, O + W + 1)."""
         things = np.concatenate([self.colours, self.walls], axis=1)
@@ -329,7 +338,9 @@ class Episodes(NamedTuple):
         """The episodes of `index`, with the padding cut to the longest of them."""
         longest = int(self.mask[index].sum(axis=1).max())
         cut = {"agent": longest + 1, "actions": longest, "expert": longest, "goal": longest, "mask": longest}
-        return Episodes(*(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items()))
+        return Episodes(
+            *(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items())
+        )
 
 
 def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator):
@@ -353,7 +364,9 @@ def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator
     return layout, np.concatenate(indices)[:count], np.concatenate(fields)[:count], 1 - kept / drawn
 
 
-def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024):
+def expert_episodes(
+    world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024
+):
     """`count` successful expert trajectories on random solvable layouts -> Episodes, share of unsolvable draws.
 
     With probability `noise` a step takes a random action that ends nothing and closes no way (paper: eps). With
@@ -373,7 +386,10 @@ def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator,
     def join(name):
         arrays = [getattr(part, name) for part in parts]
         if name in ("agent", "actions", "expert", "goal", "mask"):
-            more = [[(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2) for part, a in zip(parts, arrays)]
+            more = [
+                [(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2)
+                for part, a in zip(parts, arrays)
+            ]
             options = {"goal": {"constant_values": -1}, "agent": {"mode": "edge"}}.get(name, {})
             arrays = [np.pad(a, pad, **options) for a, pad in zip(arrays, more)]
         return np.concatenate(arrays)
@@ -453,7 +469,8 @@ def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
     field = distance_fields(world, layout)
     neighbour = neighbour_table(world.size)
     posterior = np.stack(
-        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)], axis=1
+        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)],
+        axis=1,
     ).astype(float)
     rows = np.repeat(np.arange(N), K)
     stage = np.zeros(N, dtype=np.int64)
@@ -465,13 +482,16 @@ def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
         best = shortest_actions(field, rows, target, np.repeat(episodes.agent[:, t], K), neighbour)
         chance = best / np.maximum(best.sum(axis=1, keepdims=True), 1)
         chance = chance.reshape(N, K, 4) * (goals >= 0)[..., None]
+        posterior *= goals >= 0  # the episode goes on, so a task that would be over is not the one
         posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
         result[:, t] = (posterior[..., None] * chance).sum(axis=1) * live[:, None]
         taken = chance[np.arange(N), :, episodes.actions[:, t]]
         posterior = np.where(live[:, None], posterior * taken, posterior)
         if t + 1 < T:  # a visit also tells which tasks are still possible
             visit = live & episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
-            posterior = np.where(visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior)
+            posterior = np.where(
+                visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior
+            )
             stage += visit
     return result
 
@@ -588,7 +608,9 @@ def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 2
     picture = palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
     row, column = divmod(agent, world.size)
     inset = scale // 4
-    picture[row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset] = 0
+    picture[
+        row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset
+    ] = 0
     return picture
 
 

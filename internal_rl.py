@@ -82,7 +82,7 @@ class Config:
     layers: int = 4  # blocks (paper: 6)
     dim: int = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: int = 4  # attention heads, transformer only (paper)
-    mlp: int = 384  # hidden units of each MLP (paper: 512)
+    mlp: int = 512  # hidden units of each MLP (paper: 512)
     gated_mlp: bool = True  # SwiGLU instead of ReLU (ours)
     relative_obs: bool = True  # objects at their offset from the agent, not at their cell (ours)
     init_scale: float = 0.33  # variance of initial weights x fan-in (paper: 0.1)
@@ -98,7 +98,12 @@ class Config:
     soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper)
     displace: float = 0.1  # jumps to a random free cell per step in phases 1 and 2 (ours)
-    forget: tuple[float, ...] = (0.0, 0.15, 0.5, 1.0)  # an episode's chance per step to lose all memory (ours)
+    forget: tuple[float, ...] = (
+        0.0,
+        0.15,
+        1.0,
+        1.0,
+    )  # an episode's chance per step to lose all memory (ours)
     # check: one controller per ground-truth subgoal
     steer_steps: int = 800  # (ours)
     steer_batch: int = 64  # episodes (ours)
@@ -113,7 +118,9 @@ class Config:
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    memory: str = "none"  # what the steered base remembers: none | segment (since the last switch) | full (paper)
+    memory: str = (
+        "none"  # what the steered base remembers: none | segment (since the last switch) | full (paper)
+    )
     discover_steps: int = 1000  # (paper: 64,000)
     discover_batch: int = 64  # (paper: 512)
     discover_lr: float = 3e-3  # peak, cosine (paper: 1e-3 constant)
@@ -123,13 +130,14 @@ class Config:
     discover_warmup: int = 0  # first steps run with memory = none and hold = 0 (ours)
     gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
     # phase 3: internal RL (paper: App. C.5)
-    rl_episodes: int = 400_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: int = 240_000  # (paper: up to 100,000 x 1024)
     rl_batch: int = 4096  # episodes per update (paper: 1024)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
+    rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
-    rl_temperature: float = 1.0  # of the base's actions in internal RL (paper: 1)
+    rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
     rl_threshold: float = 0.5  # the gate opens above this (paper)
     policy_dim: int = 64  # width of the one-block recurrent policy (paper: 256)
     policy_std: float = 1.0  # initial standard deviation, that of the codes' prior
@@ -143,8 +151,9 @@ CLASSROOM = Config()
 PRESETS = {
     "classroom": CLASSROOM,
     "laptop": replace(
-        CLASSROOM, world="paper", mlp=256, pretrain_steps=12_000, pretrain_batch=64, pretrain_lr=5e-3,
-        steer_steps=1500, memory="segment", discover_steps=3000, discover_batch=32, kl_ramp=(400, 1000), hold=10, rl_episodes=1_000_000, rl_batch=8192,
+        CLASSROOM, world="paper", pretrain_steps=12_000, pretrain_batch=64, pretrain_lr=5e-3,
+        forget=(0.0, 0.05, 0.15, 1.0), steer_steps=1500, memory="segment", hold=12, discover_warmup=300,
+        discover_steps=2600, discover_batch=32, kl_weight=0.25, kl_ramp=(500, 1800), rl_episodes=1_000_000,
     ),
     "paper": replace(
         CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
@@ -173,11 +182,16 @@ def check_config(c: Config) -> None:
             raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
     for f in fields(c):
         value = getattr(c, f.name)
-        least = 0 if f.name.endswith("_steps") or f.name in ("control_block", "rl_episodes", "hold", "discover_warmup") else 1
+        least = (
+            0
+            if f.name.endswith("_steps")
+            or f.name in ("control_block", "rl_episodes", "hold", "discover_warmup")
+            else 1
+        )
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise Failure(f"--{f.name}={value}: must be at least {least}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Failure(f"--{f.name}={value}: must be a finite number")
+        if isinstance(value, float) and not 0 <= value < math.inf and f.name != "gate_bias":
+            raise Failure(f"--{f.name}={value}: must be a finite number, not negative")
     for name in ("noise", "displace"):
         if not 0 <= getattr(c, name) < 1:
             raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1)")
@@ -189,8 +203,11 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    if c.rl_temperature <= 0:
-        raise Failure(f"--rl_temperature={c.rl_temperature}: must be above 0")
+    for name in ("rl_temperature", "policy_std", "init_scale"):
+        if getattr(c, name) <= 0:
+            raise Failure(f"--{name}={getattr(c, name)}: must be above 0")
+    if c.eval_episodes < 16:
+        raise Failure(f"--eval_episodes={c.eval_episodes}: must be at least 16")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -239,7 +256,7 @@ class HawkMixer(nn.Module):
 
     def initial(self, B: int):
         zeros = self.decay.new_zeros(B, len(self.decay))
-        return zeros, zeros
+        return zeros, zeros.clone()  # two tensors: a caller may write into one
 
     def forward(self, x, keep, state):
         h0, u0 = state
@@ -288,7 +305,10 @@ class AttentionMixer(nn.Module):
         start = log_kept[:, -1:] if S else 0.0
         log_kept = torch.cat([log_kept, start + keep.clamp_min(1e-9).log().cumsum(dim=1)], dim=1)
         distance = torch.arange(S, S + T, device=x.device)[:, None] - torch.arange(S + T, device=x.device)
-        bias = self.bias[:, self.bucket(distance.clamp_min(0))] + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
+        bias = (
+            self.bias[:, self.bucket(distance.clamp_min(0))]
+            + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
+        )
         bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S + T)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
@@ -351,7 +371,9 @@ class GridEmbedding(nn.Module):
             row = [*range(world.colours), *[world.colours] * world.walls, world.colours + 1]
             first_row = torch.tensor(row) * self.offsets
         else:
-            self.weight = nn.Parameter(torch.randn(world.objects * cells, c.dim) * (c.init_scale / world.objects) ** 0.5)
+            self.weight = nn.Parameter(
+                torch.randn(world.objects * cells, c.dim) * (c.init_scale / world.objects) ** 0.5
+            )
             first_row = torch.arange(world.objects) * cells
         self.register_buffer("first_row", first_row, persistent=False)
 
@@ -380,7 +402,9 @@ class BaseModel(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
         self.action_head = nn.Linear(c.dim, 4)
-        self.next_head = nn.Linear(c.dim, envs.TASK_SETS[c.world].size ** 2)  # the agent's next cell: all that moves
+        self.next_head = nn.Linear(
+            c.dim, envs.TASK_SETS[c.world].size ** 2
+        )  # the agent's next cell: all that moves
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
@@ -474,22 +498,34 @@ class Metacontroller(nn.Module):
         self.register_buffer("mean", mean)
         self.history = nn.GRU(D, H, batch_first=True)
         self.embedder = nn.GRU(D, S, batch_first=True)
-        self.encoder = nn.Sequential(nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z))
-        self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
-        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.ReLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D))
+        self.encoder = nn.Sequential(
+            nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
+        )
+        self.switch = nn.Sequential(
+            nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(Z, c.decoder_hidden), nn.ReLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
+        )
         nn.init.constant_(self.switch[2].bias, c.gate_bias)
-        with torch.no_grad():  # the factor that writes starts at zero: no control; the one that reads at random
+        with (
+            torch.no_grad()
+        ):  # the factor that writes starts at zero: no control; the one that reads at random
             for parameter in (self.decoder[2].weight, self.decoder[2].bias):
                 parameter[: c.rank * D].zero_()
                 parameter[c.rank * D :].normal_(std=D**-0.5)
 
-    def encode(self, view):
-        """Posterior of the code proposals. view (B, T + 1, D), the last observation included -> 2 x (B, T, Z).
+    def encode(self, view, length):
+        """Posterior of the code proposals -> mean, log_std, each (B, T, Z).
 
-        The paper's s is one vector for the episode; ours, s_t, is read backwards from the end down to t.
+        view (B, T + 1, D), where row `length` (B,) is an episode's last observation and the rest padding. The
+        paper's s is one vector for the episode; ours, s_t, is read backwards from the end down to t.
         """
         history = shift_right(self.history(view)[0])
-        backward = self.embedder(view.flip(1))[0].flip(1)
+        # Position t of the reversed episode is length - t; what lies beyond the end is padding again.
+        reverse = (length[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
+        backward = self.embedder(view.gather(1, reverse.expand_as(view)))[0]
+        backward = backward.gather(1, reverse.expand_as(backward))
         summary = backward[:, :1].expand_as(backward) if self.whole else backward
         mean, log_std = self.encoder(torch.cat([view, history, summary], dim=-1)[:, :-1]).chunk(2, dim=-1)
         return mean, log_std
@@ -516,7 +552,9 @@ class Metacontroller(nn.Module):
                 age = age + 1
                 gate = gate * (age > hold)
                 age = age * (gate < 0.5)
-            code = gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code  # beta_t = 1 adopts the new code
+            code = (
+                gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code
+            )  # beta_t = 1 adopts the new code
             codes.append(code)
             gates.append(gate)
         return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
@@ -541,7 +579,22 @@ def gaussian_log_prob(x, mean, log_std):
 # ----------------------------------------------------------------------------------------------------
 
 # Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
-STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "test": 5, "evaluate": 6, "figures": 7}
+STREAMS = {
+    "pretrain": 0,
+    "steer": 1,
+    "discover": 2,
+    "rl": 3,
+    "raw": 4,
+    "test": 5,
+    "evaluate": 6,
+    "figures": 7,
+}
+
+
+def check_finite(phase: str, **metrics) -> None:
+    """Raise Failure (a failed run, status 1) if training has diverged."""
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise Failure(f"{phase}: not a finite number: {metrics}; lower the learning rate", 1)
 
 
 class Run:
@@ -567,8 +620,7 @@ class Run:
 
     def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
         """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
-        if not all(math.isfinite(value) for value in metrics.values()):
-            raise Failure(f"{self.phase}: not a finite number at step {step}: {metrics}; lower its learning rate", 1)
+        check_finite(f"{self.phase}, step {step}", **metrics)
         elapsed = self.seconds()
         if step < total and elapsed - self.shown < every:
             return
@@ -576,7 +628,10 @@ class Run:
         left = elapsed / max(step, 1) * (total - step)
         if not self.quiet:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print(f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {elapsed:.0f} s, ETA {left:.0f} s", flush=True)
+            print(
+                f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {elapsed:.0f} s, ETA {left:.0f} s",
+                flush=True,
+            )
         if self.out:
             with open(self.out / "metrics.csv", "a", newline="") as file:
                 rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
@@ -643,7 +698,9 @@ def cosine(steps: int, floor: float = 0.02, warmup: int = 50):
 
 def make_optimisers(c: Config, model: nn.Module, lr: float, steps: int):
     """AdamW (paper), or Muon for matrices inside the blocks and AdamW for the rest -> optimisers, schedulers."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 2] if c.pretrain_muon else []
+    matrices = (
+        [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 2] if c.pretrain_muon else []
+    )
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     if not c.pretrain_muon:
@@ -657,7 +714,9 @@ def make_optimisers(c: Config, model: nn.Module, lr: float, steps: int):
 
 
 def adamw(model: nn.Module, lr: float, steps: int, weight_decay: float = 0.0):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay
+    )
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))
 
 
@@ -679,7 +738,9 @@ def random_memory(c: Config, shape, generator):
     """keep (B, T) for pretraining: each episode draws a rate of forgetting, each step forgets at that rate."""
     B, T = shape
     device = generator.device
-    rates = torch.tensor(c.forget, device=device)[torch.randint(len(c.forget), (B, 1), generator=generator, device=device)]
+    rates = torch.tensor(c.forget, device=device)[
+        torch.randint(len(c.forget), (B, 1), generator=generator, device=device)
+    ]
     return (torch.rand(B, T, generator=generator, device=device) >= rates).float()
 
 
@@ -718,11 +779,22 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
         length = episodes.mask.sum() / len(episodes.mask)
         update(base, loss / length, optimisers, schedulers)
         if step % 50 == 0 or step == c.pretrain_steps:
-            run.log(step, c.pretrain_steps, "steps", nats_per_episode=stats["nll"], nats_per_step=stats["nll"] / length)
+            run.log(
+                step,
+                c.pretrain_steps,
+                "steps",
+                nats_per_episode=stats["nll"],
+                nats_per_step=stats["nll"] / length,
+            )
     base.requires_grad_(False)
     excess = base_loss(run, base, test, keep=1.0) - floor
+    check_finite("pretrain", base_excess_nats=excess)
     run.say(f"base: {excess:.3f} nats per episode above the Bayes floor of {floor:.2f}")
-    return base, {"base_excess_nats": excess, "bayes_floor_nats": floor, "minutes_pretrain": run.seconds() / 60}
+    return base, {
+        "base_excess_nats": excess,
+        "bayes_floor_nats": floor,
+        "minutes_pretrain": run.seconds() / 60,
+    }
 
 
 @torch.no_grad()
@@ -879,7 +951,9 @@ class CodePilot:
         self.threshold, self.memory = c.rl_threshold, c.memory
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
-        self.out = torch.zeros(B, c.rank, c.dim, device=device)  # the controller in force, decoded once a switch
+        self.out = torch.zeros(
+            B, c.rank, c.dim, device=device
+        )  # the controller in force, decoded once a switch
         self.inn = torch.zeros(B, c.rank, c.dim, device=device)
         self.first = True
         self.choose.begin(B, run)
@@ -941,7 +1015,9 @@ def join_results(parts: list[Result]) -> Result:
 
     def pad(value, fill):
         if isinstance(value, np.ndarray):
-            return np.pad(value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill)
+            return np.pad(
+                value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill
+            )
         return F.pad(value, (0, T - value.shape[1]), value=fill)
 
     columns = {name: [getattr(part, name) for part in parts] for name in Result._fields}
@@ -954,7 +1030,16 @@ def join_results(parts: list[Result]) -> Result:
 
 
 def rollout(
-    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False, chunk=2048
+    run: Run,
+    base: BaseModel,
+    pilot,
+    count: int,
+    rng,
+    generator,
+    temperature=1.0,
+    record=False,
+    roam=False,
+    chunk=2048,
 ) -> Result:
     """`count` episodes of the post-training task on random solvable layouts.
 
@@ -990,6 +1075,10 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
         keep = (1 - gate_before)[:, None] if pilot.memory == "segment" else keep_lower
         logits, state = base.upper(controlled[:, None], keep, state)
         log_p = F.log_softmax(logits[:, 0] / temperature, dim=-1)
+        if not log_p.isfinite().all():
+            raise Failure(
+                f"{run.phase}: the model's action probabilities are no numbers; lower the learning rate", 1
+            )
         action = torch.multinomial(log_p.exp(), 1, generator=generator)
         visit, gain, done = batch.step(action[:, 0].cpu().numpy())
         visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
@@ -1008,7 +1097,14 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
             break
     T = t + 1
     return Result(
-        reward, visited[:, :T], switched[:, :T], cells[:, :T], actions[:, :T], log_prob[:, :T], mask[:, :T], int(mask.sum())
+        reward,
+        visited[:, :T],
+        switched[:, :T],
+        cells[:, :T],
+        actions[:, :T],
+        log_prob[:, :T],
+        mask[:, :T],
+        int(mask.sum()),
     )
 
 
@@ -1031,7 +1127,9 @@ def mirrored(run: Run, episodes: envs.Episodes, generator):
     return table[symmetry, cells]
 
 
-def discovery_loss(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, warmup):
+def discovery_loss(
+    run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, warmup
+):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     The KL is charged at every step and is not multiplied by the gate. Gradients flow through the frozen upper
@@ -1041,7 +1139,7 @@ def discovery_loss(run: Run, base: BaseModel, meta: Metacontroller, episodes: en
     mask = run.tensor(episodes.mask)
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
     view = lower_residual(run, base, mirrored(run, episodes, generator))
-    mean, log_std = meta.encode(view)
+    mean, log_std = meta.encode(view, run.tensor(episodes.lengths()))
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     hold = None
     if c.hold and not warmup:
@@ -1066,14 +1164,20 @@ def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
     for step in range(1, c.discover_steps + 1):
         episodes = data.next()
         kl_weight = c.kl_weight * min(1.0, max(0.0, (step - first) / (last - first)))
-        loss, stats = discovery_loss(run, base, meta, episodes, generator, kl_weight, step <= c.discover_warmup)
+        loss, stats = discovery_loss(
+            run, base, meta, episodes, generator, kl_weight, step <= c.discover_warmup
+        )
         update(meta, loss / 10, [optimiser], [scheduler])
         if step % 50 == 0 or step == c.discover_steps:
             stats["excess"] = stats.pop("nll") - expert_entropy(episodes)
             run.log(step, c.discover_steps, "steps", **stats)
     meta.requires_grad_(False)
     minutes = run.seconds() / 60
-    metrics = {**switch_metrics(run, base, meta), **random_code_metrics(run, base, meta), "minutes_discover": minutes}
+    metrics = {
+        **switch_metrics(run, base, meta),
+        **random_code_metrics(run, base, meta),
+        "minutes_discover": minutes,
+    }
     for line in raster(run, base, meta):
         run.say(line)
     return meta, metrics
@@ -1090,7 +1194,8 @@ def share_near(marks: np.ndarray, others: np.ndarray) -> float:
 def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
     """Codes and gates with the gate rounded as in phase 3, and the KL: (B, T, Z), (B, T), (B, T)."""
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
-    mean, log_std = meta.encode(lower_residual(run, base, mirrored(run, episodes, generator)))
+    view = lower_residual(run, base, mirrored(run, episodes, generator))
+    mean, log_std = meta.encode(view, run.tensor(episodes.lengths()))
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hard=True)
     return code, gate, code_kl(mean, log_std)
@@ -1123,7 +1228,9 @@ def switch_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
         "true_changes_per_episode": float(changed.sum() / len(changed)),
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
-        "action_from_code_accuracy": fit_readout(run, code[at], run.tensor(episodes.expert.argmax(-1))[at], hidden=64),
+        "action_from_code_accuracy": fit_readout(
+            run, code[at], run.tensor(episodes.expert.argmax(-1))[at], hidden=64
+        ),
     }
 
 
@@ -1258,7 +1365,9 @@ class PolicyCodes:
             table[rows[order], index] = values[order]
             return table
 
-        return Batch(spread(residual), spread(code), spread(log_prob), spread(torch.ones_like(log_prob)), reward)
+        return Batch(
+            spread(residual), spread(code), spread(log_prob), spread(torch.ones_like(log_prob)), reward
+        )
 
 
 class InternalLearner:
@@ -1266,7 +1375,9 @@ class InternalLearner:
 
     def __init__(self, run: Run, base: BaseModel, meta: Metacontroller, policy: Policy):
         self.run, self.base, self.meta, self.model = run, base, meta, policy
-        self.optimiser = torch.optim.Adam(policy.parameters(), lr=run.config.rl_lr)
+        others = [parameter for name, parameter in policy.named_parameters() if name != "log_std"]
+        std = {"params": [policy.log_std], "lr": run.config.rl_std_lr}
+        self.optimiser = torch.optim.Adam([{"params": others}, std], lr=run.config.rl_lr)
 
     def collect(self, count: int, rng, generator) -> Batch:
         codes = PolicyCodes(self.model, generator)
@@ -1284,7 +1395,9 @@ class RawLearner:
 
     def __init__(self, run: Run, base: BaseModel):
         self.run, self.model = run, base
-        self.optimiser = torch.optim.Adam([p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr)
+        self.optimiser = torch.optim.Adam(
+            [p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr
+        )
 
     def collect(self, count: int, rng, generator) -> Batch:
         result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
@@ -1328,13 +1441,24 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
         # update: without a single success every advantage, hence the gradient, is exactly zero
         if batch.reward.any():
             for _ in range(c.rl_epochs):
-                for index in torch.randperm(len(advantage), generator=generator, device=run.device).chunk(c.rl_minibatches):
+                for index in torch.randperm(len(advantage), generator=generator, device=run.device).chunk(
+                    c.rl_minibatches
+                ):
                     longest = int(batch.mask[index].sum(1).max())
                     inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                    loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
+                    loss = policy_loss(
+                        learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip
+                    )
+                    check_finite(phase, loss=loss.item())
                     update(learner.model, loss, [learner.optimiser], [])
         # log
-        run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=batch.mask.sum(1).mean().item())
+        run.log(
+            episodes,
+            c.rl_episodes,
+            "episodes",
+            success=curve[-1][1],
+            decisions=batch.mask.sum(1).mean().item(),
+        )
     return curve
 
 
@@ -1348,7 +1472,12 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> tuple[Policy
     minutes = (time.time() - started) / 60
     success = learner.collect(4 * run.config.eval_episodes, *run.start("evaluate")).reward.mean().item()
     run.say(f"internal RL: post-training success {success:.3f}")
-    return policy, {"internal_rl_success": success, "curve": curve, "episodes": curve[-1][0] if curve else 0, "minutes_rl": minutes}
+    return policy, {
+        "internal_rl_success": success,
+        "curve": curve,
+        "episodes": curve[-1][0] if curve else 0,
+        "minutes_rl": minutes,
+    }
 
 
 def raw_rl(run: Run, base: BaseModel) -> tuple[BaseModel, dict]:
@@ -1389,7 +1518,8 @@ def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -
     episodes = held_out(run).take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
-    mean, _ = meta.encode(lower_residual(run, base, mirrored(run, episodes, generator)))
+    view = lower_residual(run, base, mirrored(run, episodes, generator))
+    mean, _ = meta.encode(view, run.tensor(episodes.lengths()))
     gate = meta.integrate(residual, mean)[1].cpu().numpy()
     figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
     for i, axis in enumerate(axes):
@@ -1437,9 +1567,18 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
     for code in range(held.max() + 1):
         part = np.flatnonzero(held == code)
         part = np.append(part, part[-1] + 1)[: steps - part[0]]
-        axis.plot(column[part] + jitter[part[0]], row[part] + jitter[part[0]], color=f"C{code}", label=f"code {code + 1}")
+        axis.plot(
+            column[part] + jitter[part[0]],
+            row[part] + jitter[part[0]],
+            color=f"C{code}",
+            label=f"code {code + 1}",
+        )
         axis.plot(column[part[0]] + jitter[part[0]], row[part[0]] + jitter[part[0]], "o", color=f"C{code}")
-    axis.set(title=f"{'solved' if result.reward[i] else 'not solved'}: task " + "-".join(map(str, world.post)), xticks=[], yticks=[])
+    axis.set(
+        title=f"{'solved' if result.reward[i] else 'not solved'}: task " + "-".join(map(str, world.post)),
+        xticks=[],
+        yticks=[],
+    )
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -1449,24 +1588,48 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
 # Stages and checkpoints: each stage depends on (config, seed, earlier stages) and is done once
 # ----------------------------------------------------------------------------------------------------
 
-STAGES = {"pretrain": ("pretrain", "steer"), "discover": ("discover",), "rl": ("rl", "raw")}  # of each --phase
+STAGES = {
+    "pretrain": ("pretrain", "steer"),
+    "discover": ("discover",),
+    "rl": ("rl", "raw"),
+}  # of each --phase
 ORDER = ("pretrain", "steer", "discover", "rl", "raw")
-NEEDS = {"pretrain": (), "steer": ("pretrain",), "discover": ("pretrain",), "rl": ("pretrain", "discover"), "raw": ("pretrain",)}
+NEEDS = {
+    "pretrain": (),
+    "steer": ("pretrain",),
+    "discover": ("pretrain",),
+    "rl": ("pretrain", "discover"),
+    "raw": ("pretrain",),
+}
 
 
 def fields_of(stage: str) -> set[str]:
     """Config fields on which a stage or those before it depend: changing another leaves its checkpoint valid."""
     names = [f.name for f in fields(Config)]
-    ends = {"pretrain": "steer_steps", "steer": "history_dim", "discover": "rl_episodes", "rl": None, "raw": None}
-    end = len(names) if ends[stage] is None else names.index(ends[stage])
-    used = set(names[:end]) | {"eval_episodes"}
-    return used - ({name for name in names if name.startswith("steer_")} if stage != "steer" else set())
+    before = {"pretrain": "steer_steps", "steer": "history_dim", "discover": "rl_episodes"}
+    used = set(names[: names.index(before[stage])] if stage in before else names) | {
+        "memory",
+        "eval_episodes",
+    }
+    if stage != "steer":
+        return used - {"steer_steps", "steer_batch", "steer_lr"} | (
+            DISCOVER_ROLLOUT if stage == "discover" else set()
+        )
+    return used | {"rank"}
+
+
+DISCOVER_ROLLOUT = {
+    "random_episodes",
+    "rl_temperature",
+    "rl_threshold",
+}  # random codes act in the environment
 
 
 def save_checkpoint(run: Run, stage: str, model: nn.Module, metrics: dict) -> None:
     """Write OUT/stage.pt: plain Python and tensors, whole or not at all."""
     path = run.out / f"{stage}.pt"
-    content = {"config": asdict(run.config), "seed": run.seed, "model": model.state_dict(), "metrics": metrics}
+    plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
+    content = {"config": asdict(run.config), "seed": run.seed, "model": model.state_dict(), "metrics": plain}
     torch.save(content, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -1480,13 +1643,19 @@ def load_checkpoint(run: Run, stage: str) -> dict | None:
         content = torch.load(path, map_location=run.device)
         config, seed = content["config"], content["seed"]
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise Failure(f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to redo this phase") from None
+        raise Failure(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to redo this phase"
+        ) from None
     if seed != run.seed:
-        raise Failure(f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out")
+        raise Failure(
+            f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out"
+        )
     for name in sorted(fields_of(stage)):
         ours = getattr(run.config, name)
         if config.get(name) != ours:
-            raise Failure(f"{path}: made with --{name}={config.get(name)}, this run has {ours}; choose another --out")
+            raise Failure(
+                f"{path}: made with --{name}={config.get(name)}, this run has {ours}; choose another --out"
+            )
     return content
 
 
@@ -1533,7 +1702,9 @@ def run_seed(run: Run, phase: str, figures: bool) -> dict:
         elif (run.out / f"{stage}.pt").exists():
             metrics |= run_stage(run, stage, models)
         elif any(stage in NEEDS[other] for other in wanted):
-            raise Failure(f"--phase {phase}: {run.out / stage}.pt is missing; run --phase {stage} with the same --out first")
+            raise Failure(
+                f"--phase {phase}: {run.out / stage}.pt is missing; run --phase {stage} with the same --out first"
+            )
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     if figures and "discover" in models:
@@ -1593,7 +1764,12 @@ def benchmark(device: torch.device) -> dict:
     optimiser, scheduler = adamw(meta, c.discover_lr, 100)
 
     def discover_step():
-        update(meta, discovery_loss(run, base, meta, episodes, generator, 0.1, False)[0], [optimiser], [scheduler])
+        update(
+            meta,
+            discovery_loss(run, base, meta, episodes, generator, 0.1, False)[0],
+            [optimiser],
+            [scheduler],
+        )
 
     out["discover_step_seconds"] = seconds_per_call(discover_step, 5)
     out["discover_over_pretrain"] = out["discover_step_seconds"] / out["pretrain_step_seconds"]
@@ -1654,17 +1830,26 @@ def config_comments() -> dict[str, str]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        description="Internal RL (arXiv 2512.20605): pretrain, discover, reinforce inside the model.", allow_abbrev=False
+        description="Internal RL (arXiv 2512.20605): pretrain, discover, reinforce inside the model.",
+        allow_abbrev=False,
     )
     parser.add_argument("--env", choices=["grid"], default="grid", help="which tasks")
     parser.add_argument("--preset", choices=list(PRESETS), default="classroom", help="sizes and schedules")
-    parser.add_argument("--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run")
-    parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
-    parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
+    parser.add_argument(
+        "--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="shrink the preset to a smoke run of under a minute"
+    )
+    parser.add_argument(
+        "--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)"
+    )
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's default)")
-    parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
+    parser.add_argument(
+        "--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)"
+    )
     parser.add_argument("--benchmark", action="store_true", help="print this machine's speeds and stop")
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
@@ -1713,7 +1898,11 @@ def describe_machine() -> str:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":")[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0] if models else name
     return f"{name}, {os.cpu_count()} cores"
 
@@ -1740,7 +1929,10 @@ def main(argv=None) -> int:
         print(f"internal_rl: {failure}", file=sys.stderr)
         return failure.status
     except KeyboardInterrupt:
-        print("internal_rl: interrupted; the same command resumes after the last finished phase", file=sys.stderr)
+        print(
+            "internal_rl: interrupted; the same command resumes after the last finished phase",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -1750,8 +1942,8 @@ def run_command(args, argv) -> int:
         seeds = [int(text) for text in args.seed.split(",")]
     except ValueError:
         raise Failure(f"--seed {args.seed}: must be a number, or several such as 0,1,2") from None
-    if min(seeds) < 0:
-        raise Failure(f"--seed {args.seed}: must not be negative")
+    if not 0 <= min(seeds) <= max(seeds) < 10**6:
+        raise Failure(f"--seed {args.seed}: must be between 0 and 999999")
     if args.threads < 0:
         raise Failure(f"--threads {args.threads}: must be 0 or more")
     if args.threads:
@@ -1778,7 +1970,12 @@ def run_command(args, argv) -> int:
         entries.append({key: metrics[key] for key in SEED_KEYS if key in metrics})
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
-        summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
+        summary = {
+            "preset": args.preset,
+            "command": command,
+            "machine": describe_machine(),
+            "versions": versions(),
+        }
         write_json(folder / f"{args.env}-{args.preset}.json", {**summary, "seeds": entries})
     return 0
 

@@ -1,0 +1,897 @@
+"""Tests of envs.py and internal_rl.py, in the order of those files: each docstring is the claim that is checked.
+
+`python -m pytest` takes less than a minute; `RUN_SLOW=1 python -m pytest -k learns` is the classroom run. Where the
+claim is mathematics, the reference is written here once more and as plainly as possible: breadth-first search for the
+expert, a sum over the 16 tasks for the Bayes predictor, e + U e for the controller.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import fields, replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+from torch.distributions import Normal, kl_divergence
+
+import envs
+import internal_rl as ir
+
+HERE = Path(__file__).parent
+SMALL, PAPER = envs.TASK_SETS["small"], envs.TASK_SETS["paper"]
+ENV_ID = "InternalRL/GridPinpad-v0"
+WORLDS = pytest.mark.parametrize("world", [SMALL, PAPER], ids=["small", "paper"])
+BLOCKS = pytest.mark.parametrize("block", ["hawk", "transformer"])
+SUMMARIES = pytest.mark.parametrize("summary", ["backward", "whole"])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def generators():
+    return np.random.default_rng(0), torch.Generator().manual_seed(0)
+
+
+# ---- The rules of the grid -------------------------------------------------------------------------
+
+def toy(task=(0, 1), limit=20, **options) -> envs.GridBatch:
+    """One episode on this grid. Digits are colours, # a wall, @ the agent:   0 . 1     cells: 0 1 2
+    .                                                                         . @ #            3 4 5
+    .                                                                         2 . .            6 7 8"""
+    world = envs.TaskSet(3, 3, 1, limit, ((0,), (1,), (2,)), (task,), task)
+    return envs.GridBatch(world, envs.Layout(np.array([[0, 2, 6]]), np.array([[5]]), np.array([4])), [task], **options)
+
+
+HAND_TRACED = {  # task, actions, options, cells, visits (-1: none), last reward, done at the end
+    "a wall, two visits": ((0, 1), "RULRR", {}, [4, 1, 0, 1, 2], [-1, -1, 0, -1, 1], 1, True),
+    "bumping into the border is no visit": ((0, 1, 2), "ULULR", {}, [1, 0, 0, 0, 1], [-1, 0, -1, -1, -1], 0, False),
+    "bumping into a wall is no visit": ((1, 0), "URD", {}, [1, 2, 2], [-1, 1, -1], 0, False),
+    "a wrong colour ends the episode": ((1, 0), "UL", {}, [1, 0], [-1, 0], 0, True),
+    "also the colour visited last": ((0, 1), "ULRL", {}, [1, 0, 1, 0], [-1, 0, -1, 0], 0, True),
+    "but not when roaming": ((1, 0), "UL", {"roam": True}, [1, 0], [-1, 0], 0, False),
+    "the limit ends it": ((1,), "RRR", {"limit": 3}, [4, 4, 4], [-1, -1, -1], 0, True),
+    "a solution in the last step pays": ((1,), "UR", {"limit": 2}, [1, 2], [-1, 1], 1, True),
+}
+
+
+@pytest.mark.parametrize("name", HAND_TRACED)
+def test_hand_traced_episode(name):
+    """Cells, visits, reward and end are those worked out by hand; only the last step has a reward or ends."""
+    task, actions, options, cells, visits, reward, done = HAND_TRACED[name]
+    batch, nothing = toy(task, **options), [0] * (len(cells) - 1)
+    steps = [(*batch.step(np.array(["UDLR".index(action)])), batch.agent) for action in actions]
+    expected = [visits, [*nothing, reward], [*nothing, done], cells]
+    assert np.array(steps, dtype=float)[..., 0].T.tolist() == expected
+
+
+def test_observation_shows_everything_but_the_goal():
+    """(G, G, O + W + 1) row-major: each colour, wall and the agent has a single 1, at its cell; tasks look alike."""
+    layout = envs.sample_layouts(PAPER, 5, np.random.default_rng(0))
+    first, last = (envs.GridBatch(PAPER, layout, [task] * 5) for task in (PAPER.pretrain[0], PAPER.post))
+    first.step(np.arange(5) % 4), last.step(np.arange(5) % 4)
+    grid = first.observe().reshape(5, 7, 7, 8 + 4 + 1)
+    for i in range(5):
+        for channel, cell in enumerate([*layout.colours[i], *layout.walls[i], first.agent[i]]):
+            assert np.argwhere(grid[i, :, :, channel]).tolist() == [list(divmod(cell, 7))]
+    assert set(np.unique(grid)) == {0, 1} and np.array_equal(first.observe(), last.observe())
+
+
+def test_layouts_are_distinct_and_uniform():
+    """Every object lies on every cell equally often (within 5 standard deviations), and no two share a cell."""
+    layouts = envs.sample_layouts(SMALL, 20_000, np.random.default_rng(0))
+    cells = np.hstack([part.reshape(20_000, -1) for part in layouts])
+    assert (np.diff(np.sort(cells, axis=1), axis=1) > 0).all()
+    assert all(np.abs(np.bincount(cell, minlength=25) - 800).max() < 5 * math.sqrt(800) for cell in cells.T)
+
+
+def test_task_tables_are_the_papers():
+    """Tables A1 and A2 verbatim, the paper's sizes, and no post-training transition occurs in pretraining."""
+    table_a1 = """0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7
+        4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3"""
+    table_a2 = "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
+    for world, table in ((PAPER, table_a1), (SMALL, table_a2)):
+        assert ["-".join(map(str, task)) for task in world.pretrain] == table.split()
+    assert (PAPER.size, PAPER.colours, PAPER.walls, PAPER.limit) == (7, 8, 4, 100)
+    assert "-".join(map(str, PAPER.post)) == "0-1-2-3-4-5-6-7-0-1-2-3"
+    pairs = {task[i : i + 4] for task in PAPER.pretrain for i in (0, 2)}
+    assert not pairs & {(0, 1, 2, 3), (2, 3, 4, 5), (4, 5, 6, 7), (6, 7, 0, 1)}
+    singles = {task[i : i + 2] for task in SMALL.pretrain for i in (0, 1)}
+    assert not singles & {SMALL.post[i : i + 2] for i in range(5)}
+    assert PAPER.transitions(PAPER.post) == {(0, 1), (1, 2), (2, 3), (3, 0)} and PAPER.counting_success == 4**-6
+
+
+# ---- The Gymnasium environment ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", [None, "ansi", "rgb_array"])
+def test_check_env_has_no_complaint(mode):
+    """Gymnasium's own checker passes with every warning turned into an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make(ENV_ID, render_mode=mode).unwrapped)
+
+
+def test_default_env_is_the_papers_and_seeded():
+    """gym.make without arguments is the 7x7 post-training task with 637 observations and 100 steps. A seed decides
+    the whole episode and the next one, reset without a seed; another seed gives others."""
+    env = gymnasium.make(ENV_ID)
+    assert (env.unwrapped.world.post, env.unwrapped.world.limit, env.action_space.n) == (PAPER.post, 100, 4)
+    moves = (0, 2, 1, 3) * 4
+    episodes = [[env.reset(seed=seed)[0], *(env.step(a)[0] for a in moves), env.reset()[0]] for seed in (3, 3, 4)]
+    first, same, other = np.array(episodes)
+    assert first.shape == (18, 637) and env.observation_space.shape == (637,)
+    assert np.array_equal(first, same) and not np.array_equal(first, other)
+
+
+def test_env_is_the_view_of_a_batch_of_one():
+    """The env's observations, rewards and ends are those of GridBatch on the same layouts with the same actions."""
+    env = gymnasium.make(ENV_ID, size=3, colours=3, walls=1, limit=12, task=(0, 2))
+    rng, rewards = np.random.default_rng(0), set()
+    for seed in range(60):
+        cells = env.reset(seed=seed)[0].reshape(9, 5).argmax(axis=0)[None]  # the cell of each object
+        batch = envs.GridBatch(env.unwrapped.world, envs.Layout(cells[:, :3], cells[:, 3:4], cells[:, 4]), [(0, 2)])
+        over = False
+        while not over:
+            action = rng.integers(4)
+            obs, reward, over, truncated, info = env.step(action)
+            _, expected, done = batch.step(np.array([action]))
+            assert (reward, over, info["subgoal"]) == (expected[0], done[0], batch.subgoal()[0])
+            assert np.array_equal(obs, batch.observe()[0]) and truncated is False
+        rewards.add(reward)
+    assert rewards == {0.0, 1.0} and type(reward) is float and type(over) is bool
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ({"size": 3, "colours": 8, "walls": 4}, "size"), ({"size": 1}, "size"), ({"colours": 0}, "colours"),
+    ({"walls": -1}, "walls"), ({"limit": 0}, "limit"), ({"task": (0, 8)}, "task"), ({"task": ()}, "task"),
+    ({"task": (0, 0)}, "task"), ({"render_mode": "human"}, "render_mode"),
+])  # fmt: skip
+def test_impossible_worlds_are_refused(arguments, named):
+    """An argument that makes no grid or no task is a ValueError that names it."""
+    with pytest.raises(ValueError, match=named):
+        envs.GridPinpad(**arguments)
+
+
+def test_rendering():
+    """ansi draws digits, # and @, or * for an agent on a colour; rgb_array has 24 pixels a cell and a black agent."""
+    batch = toy()
+    assert envs.grid_text(batch.world, batch.content[0], 4) == "0 . 1\n. @ #\n2 . .\n"
+    assert envs.grid_text(batch.world, batch.content[0], 0) == "* . 1\n. . #\n2 . .\n"
+    env = gymnasium.make(ENV_ID, render_mode="rgb_array")
+    agent = int(env.reset(seed=0)[0].reshape(49, 13)[:, 12].argmax())
+    picture = env.render()
+    assert picture.shape == (168, 168, 3) and picture.dtype == np.uint8
+    row, column = np.nonzero((picture == 0).all(axis=-1))
+    assert len(row) == 12 * 12 and set(row // 24 * 7 + column // 24) == {agent}
+
+
+# ---- The expert, against breadth-first search ------------------------------------------------------
+
+def walk(size, cell, action):
+    """The cell that an action leads to on an empty grid; the border stops it."""
+    row, column = cell // size + (-1, 1, 0, 0)[action], cell % size + (0, 0, -1, 1)[action]
+    return row * size + column if 0 <= row < size and 0 <= column < size else cell
+
+
+@functools.lru_cache(100_000)
+def search(size, obstacles, goal):
+    """Breadth-first search: {cell: steps to the goal} of the cells with a way to it."""
+    found, queue = {goal: 0}, [goal]
+    for cell in queue:
+        for after in (walk(size, cell, action) for action in range(4)):
+            if after not in found and after not in obstacles:
+                found[after] = found[cell] + 1
+                queue.append(after)
+    return found
+
+
+def best_moves(world, colours, walls, agent, goal):
+    """Uniform over the moves that start a shortest path to colour `goal`, (4,); zeros where there is no path."""
+    obstacles = frozenset(int(cell) for cell in (*colours, *walls)) - {int(colours[goal])}
+    steps = search(world.size, obstacles, int(colours[goal]))
+    after = [walk(world.size, int(agent), action) for action in range(4)]
+    reach = np.array([steps.get(cell, math.inf) if cell != agent else math.inf for cell in after])
+    best = (reach == reach.min()) & (reach < math.inf)
+    return best / max(1, best.sum())
+
+
+def can_be_solved(world, colours, walls, agent, task):
+    places = [agent, *(colours[goal] for goal in task)]
+    return all(best_moves(world, colours, walls, place, goal).any() for place, goal in zip(places, task))
+
+
+def expert(count, world=SMALL, **options) -> envs.Episodes:
+    return envs.expert_episodes(world, world.pretrain, count, np.random.default_rng(0), **options)[0]
+
+
+@WORLDS
+@pytest.mark.parametrize("disturbance", ["none", "noise", "displace"])
+def test_expert(world, disturbance):
+    """Labels are uniform over shortest-path moves to the goal, whatever disturbs the walk; the walk obeys the rules,
+    visits the colours of its task and no other, and ends with the last. `noise` takes other actions than the labels
+    say but keeps the labels clean; `displace` jumps to free cells but keeps every action an expert's. All chance
+    comes from the generator that is passed in: numpy's global one is left alone."""
+    chance = np.random.get_state()[1].copy()
+    data = expert(60, world, **({} if disturbance == "none" else {disturbance: 0.2}))
+    jumps = strays = 0
+    for i in range(60):
+        steps, task, visits = int(data.mask[i].sum()), world.pretrain[data.task[i]], ()
+        colours, walls = data.colours[i].tolist(), data.walls[i].tolist()
+        assert data.mask[i, :steps].all() and (data.goal[i, steps:] == -1).all() and not data.expert[i, steps:].any()
+        for t in range(steps):
+            cell, action, goal = data.agent[i, t], data.actions[i, t], task[len(visits)]
+            label = best_moves(world, colours, walls, cell, goal)
+            assert np.allclose(data.expert[i, t], label) and data.goal[i, t] == goal
+            strays += label[action] == 0
+            after = walk(world.size, cell, action)
+            after = cell if after in walls else after
+            if after != cell and after in colours:
+                visits += (colours.index(after),)
+            if after != data.agent[i, t + 1]:
+                jumps += 1
+                assert data.agent[i, t + 1] not in colours + walls
+        assert visits == task and (data.agent[i, steps:] == colours[task[-1]]).all()
+    assert (jumps > 0, strays > 0) == (disturbance == "displace", disturbance == "noise")
+    assert np.array_equal(chance, np.random.get_state()[1])
+
+
+def test_expert_breaks_ties_uniformly():
+    """Where two moves are shortest, each is taken equally often (within 4 standard deviations)."""
+    data = expert(2000)
+    tied = data.mask & ((data.expert > 0).sum(axis=-1) == 2)
+    first = data.actions[tied] == data.expert[tied].argmax(axis=-1)
+    assert len(first) > 1000 and abs(first.mean() - 0.5) < 4 * 0.5 / math.sqrt(len(first))
+
+
+@WORLDS
+def test_solvability_is_exact_and_its_share_reported(world):
+    """`solvable` is right on every layout, the share of draws dropped is reported, the env's option is heeded."""
+    rng = np.random.default_rng(1)
+    layout, task = envs.sample_layouts(world, 400, rng), rng.integers(16, size=400)
+    padded, lengths = envs.pad_tasks(world.pretrain)
+    found = envs.solvable(envs.distance_fields(world, layout), layout, padded[task], lengths[task])
+    expected = [can_be_solved(world, *layout.take(i), world.pretrain[task[i]]) for i in range(400)]
+    assert found.tolist() == expected
+    share, reported = 1 - np.mean(expected), envs.expert_episodes(world, world.pretrain, 2000, rng)[1]
+    assert abs(share - reported) < 4 * math.sqrt(share / 400)
+    env = gymnasium.make(ENV_ID, size=4, colours=4, walls=3, task=(0, 1, 2, 3)).unwrapped
+    for seed in range(20):
+        cells = env.reset(seed=seed, options={"solvable": True})[0].reshape(16, 8).argmax(axis=0)
+        assert can_be_solved(env.world, cells[:4], cells[4:7], cells[7], (0, 1, 2, 3))
+
+
+def bayes_by_hand(world, tasks, data, i):
+    """The Bayes predictor of episode i, task by task: replay it under each task and weigh the tasks' experts."""
+    colours, walls, visits, predictions = data.colours[i].tolist(), data.walls[i].tolist(), (), []
+    weight = np.array([float(can_be_solved(world, colours, walls, data.agent[i, 0], task)) for task in tasks])
+    for t in range(data.mask[i].sum()):  # only tasks with these visits go on, and a solved one ends the episode
+        weight = weight * [len(task) > len(visits) and task[: len(visits)] == visits for task in tasks]
+        goals = [task[len(visits)] if w else 0 for task, w in zip(tasks, weight)]
+        experts = np.stack([best_moves(world, colours, walls, data.agent[i, t], goal) for goal in goals])
+        predictions.append(weight @ experts / weight.sum())
+        weight = weight * experts[:, data.actions[i, t]]
+        if data.agent[i, t + 1] != data.agent[i, t] and data.agent[i, t + 1] in colours:
+            visits += (colours.index(data.agent[i, t + 1]),)
+    return np.stack(predictions)
+
+
+MIXED = ((0, 1), (0, 1, 2), (0, 3, 1), (2, 0, 3), (2, 0))  # some are beginnings of others
+
+
+@pytest.mark.parametrize("world, tasks", [(SMALL, SMALL.pretrain), (PAPER, PAPER.pretrain), (SMALL, MIXED)])
+def test_bayes_predictor_equals_brute_force(world, tasks):
+    """The predictor equals the sum over all tasks of p(task | moves so far) times that task's expert."""
+    data = envs.expert_episodes(world, tasks, 24, np.random.default_rng(0))[0]
+    found = envs.bayes_predictor(world, tasks, data)
+    for i in range(24):
+        expected = bayes_by_hand(world, tasks, data, i)
+        assert np.allclose(found[i, : len(expected)], expected, atol=1e-6) and not found[i, len(expected) :].any()
+
+
+@WORLDS
+def test_not_knowing_the_task_costs_at_most_ln_16(world):
+    """The Bayes floor lies above the expert's own entropy by at most what one of 16 tasks can tell (and chance)."""
+    data = expert(2048, world)
+    assert 1 < ir.bayes_floor(world, data) - ir.expert_entropy(data) <= math.log(16) + 0.05
+
+
+def test_mirrors_are_the_symmetries_of_the_square():
+    """8 different maps that keep neighbours neighbours; a mirrored expert trajectory is an expert trajectory."""
+    table, data = envs.mirror_table(5), expert(8)
+    assert len({tuple(row) for row in table}) == 8 and np.array_equal(table[0], np.arange(25))
+    for mirror in table:
+        assert sorted(mirror) == list(range(25))
+        around = [walk(5, 12, action) for action in range(4)]  # of the centre, which stays in place
+        turned = [around.index(mirror[cell]) for cell in around]  # what the mirror makes of the four moves
+        for i in range(8):
+            colours, walls, agent = mirror[data.colours[i]], mirror[data.walls[i]], mirror[data.agent[i]]
+            for t in range(int(data.mask[i].sum())):
+                assert walk(5, agent[t], turned[data.actions[i, t]]) == agent[t + 1]
+                label = best_moves(SMALL, colours, walls, agent[t], data.goal[i, t])
+                assert np.allclose(label[turned], data.expert[i, t])
+
+
+# ---- Base model ------------------------------------------------------------------------------------
+
+def make_run(**changes) -> ir.Run:
+    sizes = {"layers": 3, "dim": 16, "heads": 2, "mlp": 24, "rank": 3, "code_dim": 4, "policy_dim": 16}
+    config = replace(ir.Config(), eval_episodes=16, **(sizes | changes))
+    return ir.Run(config, 0, torch.device("cpu"), quiet=True)
+
+
+def wake(module, std=0.3):
+    """Add noise to all parameters, so that no path is shut by its initial zeros."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn(parameter.shape))
+    return module
+
+
+def observations():
+    """Cells (B, T, O + W + 1) of a few episodes."""
+    return torch.from_numpy(expert(4).cells()[:, :9])
+
+
+def cut_and_padded():
+    """The same 12 expert episodes with as little padding as possible, and with that of a longer episode."""
+    episodes = expert(40)
+    short = np.argsort(episodes.mask.sum(axis=1))[:12]
+    return episodes.take(short), envs.Episodes(*(column[short] for column in episodes))
+
+
+def without_gradient(module) -> set:
+    return {name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()}
+
+
+def test_linear_recurrence_gradient():
+    """The hand-written backward of h_t = a_t h_t-1 + b_t is the derivative of its forward, which is that formula."""
+    a, b, h = (torch.rand(shape, dtype=torch.double, requires_grad=True) for shape in [(2, 5, 3), (2, 5, 3), (2, 3)])
+    assert torch.autograd.gradcheck(ir.LinearRecurrence.apply, (a, b, h))
+    assert torch.allclose(ir.LinearRecurrence.apply(a, b, h)[:, 1], a[:, 1] * (a[:, 0] * h + b[:, 0]) + b[:, 1])
+
+
+@BLOCKS
+@pytest.mark.parametrize("kind", ["0 or 1", "fractional"])
+def test_block_parallel_equals_step_form(block, kind):
+    """A block run on 9 steps at once equals the block fed 1, 1, 3, 1, 2, 1 steps with its state carried along. From a
+    step with keep = 0 on, but not from one with keep = 1 on, it is a fresh start."""
+    module = wake(ir.Block(make_run(block=block).config)).double()
+    x, keep, state = torch.randn(3, 9, 16).double(), torch.rand(3, 9).double(), module.mixer.initial(3)
+    keep = keep.round() if kind == "0 or 1" else keep
+    expected, outputs = module(x, keep, state)[0], []
+    for part in torch.arange(9).split([1, 1, 3, 1, 2, 1]):
+        y, state = module(x[:, part], keep[:, part], state)
+        outputs.append(y)
+    assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-9)
+    fresh = module(x[:, 4:], keep[:, 4:], module.mixer.initial(3))[0]
+    for value in (0, 1):
+        keep[:, 4] = value
+        after = module(x, keep, module.mixer.initial(3))[0][:, 4:]
+        assert torch.allclose(after, fresh, atol=1e-3) == (value == 0)
+
+
+@BLOCKS
+@pytest.mark.parametrize("relative", [True, False])
+def test_base_is_causal_and_steps(block, relative):
+    """Changing the observations from step 5 on changes logits there and none before; step by step, with different
+    memories of the lower and the upper part, the logits are those of the whole sequence."""
+    base = wake(ir.BaseModel(make_run(block=block, relative_obs=relative).config), 0.1).double()
+    cells, keep, keep_lower = observations(), *torch.rand(2, 4, 9).round().double()
+    logits, changed = base(cells, keep, keep_lower), cells.clone()
+    changed[:, 5:, -1] = (changed[:, 5:, -1] + 7) % 25
+    difference = (base(changed, keep, keep_lower) - logits).abs().amax(dim=(0, 2))
+    assert (difference[:5] == 0).all() and (difference[5:] > 0).all()
+    state, outputs = base.initial(4), []
+    for t in range(9):
+        residual, state = base.lower(cells[:, t : t + 1], keep_lower[:, t : t + 1], state)
+        y, state = base.upper(residual, keep[:, t : t + 1], state)
+        outputs.append(y)
+    assert torch.allclose(torch.cat(outputs, dim=1), logits, atol=1e-9)
+
+
+def test_absolute_embedding_is_linear():
+    """Absolute: the embedding is the env's observation of 637 numbers times one weight matrix."""
+    embed = ir.GridEmbedding(make_run(world="paper", relative_obs=False).config)
+    batch = envs.GridBatch(PAPER, envs.sample_layouts(PAPER, 6, np.random.default_rng(0)), [PAPER.post] * 6)
+    weight = embed.weight.unflatten(0, (13, 49)).transpose(0, 1).flatten(0, 1)  # (object, cell) -> (cell, object)
+    found, expected = embed(torch.from_numpy(batch.cells())), torch.from_numpy(batch.observe()) @ weight
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_relative_embedding_sees_offsets():
+    """Relative: shifting everything by one row changes only the agent's own term, and exchanging two walls nothing;
+    exchanging two colours, or moving one, changes the embedding."""
+    embed = wake(ir.GridEmbedding(make_run(world="paper").config))
+    cells = torch.tensor([[[0, 1, 2, 10, 11, 12, 20, 21, 22, 30, 31, 32, 33]]])  # 8 colours, 4 walls, agent
+    walls, colours, moved = cells.clone(), cells.clone(), cells.clone()
+    walls[..., [8, 9]], colours[..., [0, 1]], moved[..., 0] = cells[..., [9, 8]], cells[..., [1, 0]], 3
+    assert torch.allclose(embed(cells + 7) - embed.agent[40], embed(cells) - embed.agent[33], atol=1e-5)
+    assert torch.allclose(embed(walls), embed(cells), atol=1e-5)
+    assert not any(torch.allclose(embed(other), embed(cells), atol=1e-2) for other in (colours, moved))
+
+
+@BLOCKS
+@pytest.mark.parametrize("obs_loss", [0.0, 0.1])
+def test_pretraining_loss(block, obs_loss):
+    """Every parameter of the base gets a gradient (next_head only with obs_loss); more padding changes nothing."""
+    run = make_run(block=block, obs_loss=obs_loss, relative_obs=block == "hawk")
+    base, losses = ir.BaseModel(run.config), []
+    for episodes in cut_and_padded():
+        keep = torch.ones(episodes.mask.shape)
+        losses.append(ir.pretrain_loss(run, base, episodes, keep, keep)[0])
+    losses[0].backward()
+    assert {name.split(".")[0] for name in without_gradient(base)} == (set() if obs_loss else {"next_head"})
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+
+
+# ---- Metacontroller --------------------------------------------------------------------------------
+
+def make_meta(run):
+    """Random weights, with a gate that is open about half of the time."""
+    meta = wake(ir.Metacontroller(run.config, torch.randn(run.config.dim)))
+    torch.nn.init.normal_(meta.switch[2].weight)
+    torch.nn.init.zeros_(meta.switch[2].bias)
+    return meta
+
+
+def test_controller_is_e_plus_U_e():
+    """apply_controller equals e + U (e - mean) with U = out^T inn, and never makes a D x D matrix to get there."""
+    residual, mean = torch.randn(2, 3, 64, requires_grad=True), torch.randn(64)
+    out, inn = torch.randn(2, 2, 3, 2, 64, requires_grad=True)
+    U, sizes = out.transpose(-1, -2) @ inn, []  # (2, 3, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        found = ir.apply_controller(residual, (out, inn), mean)
+    assert torch.allclose(found, residual + (U @ (residual - mean)[..., None])[..., 0], atol=1e-4)
+    assert 0 < max(sizes) < 64 * 64
+
+
+def test_controller_at_start_controls_nothing():
+    """A new metacontroller, and new labelled controllers, leave the base's logits exactly as they are."""
+    c, mean, cells, keep = make_run().config, torch.randn(16), observations(), torch.ones(4, 9)
+    base, meta, labels = ir.BaseModel(c), ir.Metacontroller(c, mean), ir.Labels(c, mean, 4)
+    for controller in (meta.controller(torch.randn(4, 9, 4)), labels.controller(torch.zeros(4, 9).long())):
+        residual = ir.apply_controller(base.lower(cells, keep)[0], controller, mean)
+        assert torch.equal(base.upper(residual, keep)[0], base(cells, keep))
+
+
+@pytest.mark.parametrize("gates, hold, opened, codes", [  # gates: what the switching unit says after step 1
+    ([0, 0, 1], None, [1, 0, 0, 1], [10, 10, 10, 40]),
+    ([1, 1, 1], None, [1, 1, 1, 1], [10, 20, 30, 40]),
+    ([0.5, 0, 0.25], None, [1, 0.5, 0, 0.25], [10, 15, 15, 0.75 * 15 + 0.25 * 40]),
+    ([1, 1, 1], 1, [1, 0, 1, 0], [10, 10, 30, 30]),
+    ([1, 1, 1], 2, [1, 0, 0, 1], [10, 10, 10, 40]),
+])  # fmt: skip
+def test_temporal_integration_algebra(gates, hold, opened, codes):
+    """z_t = beta_t z~_t + (1 - beta_t) z_t-1: gates [1,0,0,1] on proposals [10,20,30,40] give [10,10,10,40]; gates of
+    1 give the proposals; the first step always adopts; `hold` n shuts the gate for n steps."""
+    meta, script = make_meta(make_run(code_dim=1)), iter(gates)
+    meta.gate = lambda residual, history, code: torch.full((1,), float(next(script)))
+    proposal, hold = torch.tensor([[[10.0], [20], [30], [40]]]), None if hold is None else torch.tensor([hold])
+    code, gate = meta.integrate(torch.randn(1, 4, 16), proposal, hold)
+    assert (gate.flatten().tolist(), code.flatten().tolist()) == (opened, codes)
+
+
+def test_memory_after_a_switch():
+    """segment: what is carried from a switching step into the next is cleared; none clears always, full never."""
+    gate = torch.tensor([[1.0, 0, 0, 1, 0], [1, 1, 0, 0.25, 0]])
+    assert ir.memory_after(gate, "segment").tolist() == [[1, 0, 1, 1, 0], [1, 0, 0, 1, 0.75]]
+    assert not ir.memory_after(gate, "none").any() and ir.memory_after(gate, "full").all()
+
+
+@SUMMARIES
+def test_gate_is_causal_and_encoder_is_not(summary):
+    """Changing the residual from step 5 on changes no history, gate or code before it, but every proposal."""
+    meta = make_meta(make_run(summary=summary))
+    residual, proposal = torch.randn(3, 9, 16), torch.randn(3, 8, 4)
+    changed = torch.cat([residual[:, :5], torch.randn(3, 4, 16)], dim=1)
+    for before, after in (
+        (meta.history(residual)[0][:, :8], meta.history(changed)[0][:, :8]),
+        *zip(meta.integrate(residual[:, :8], proposal), meta.integrate(changed[:, :8], proposal)),
+    ):
+        assert torch.equal(before[:, :5], after[:, :5]) and not torch.isclose(before[:, 5:], after[:, 5:]).all()
+    length = torch.full((3,), 8)
+    for before, after in zip(meta.encode(residual, length), meta.encode(changed, length)):
+        assert before.shape == (3, 8, 4) and (before != after).any(dim=-1).all()
+
+
+def test_pilot_step_by_step_equals_the_whole_sequence():
+    """CodePilot, one step at a time, has the codes, gates and control of `integrate(hard=True)`."""
+    run = make_run()
+    meta, residual, proposal = make_meta(run).requires_grad_(False), torch.randn(6, 12, 16), torch.randn(6, 12, 4)
+    code, gate = meta.integrate(residual, proposal, hard=True)
+    expected = ir.apply_controller(residual, meta.controller(code), meta.mean)
+    choose = Mock(side_effect=lambda inputs, opened, alive: proposal[opened, t])
+    pilot = ir.CodePilot(meta, choose)
+    pilot.begin(6, run)
+    for t in range(12):
+        controlled, opened = pilot.steer(residual[:, t], None, np.arange(6))
+        assert torch.equal(opened, gate[:, t]) and torch.allclose(pilot.code, code[:, t])
+        assert torch.allclose(controlled, expected[:, t], atol=1e-4)
+    assert 0.1 < gate[:, 1:].mean() < 0.9
+
+
+def test_gaussians_equal_torch_distributions():
+    """code_kl and gaussian_log_prob are those of torch.distributions."""
+    mean, log_std, x = torch.randn(3, 5, 8)
+    normal, prior = Normal(mean, log_std.exp()), Normal(0.0, 1.0)
+    assert torch.allclose(ir.code_kl(mean, log_std), kl_divergence(normal, prior).sum(-1), atol=1e-5)
+    assert torch.allclose(ir.gaussian_log_prob(x, mean, log_std), normal.log_prob(x).sum(-1), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"memory": "segment", "hold": 2},
+    {"memory": "full", "summary": "whole", "mirror": False, "block": "transformer", "soft_targets": False},
+], ids=["classroom", "laptop", "paper"])  # fmt: skip
+def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes):
+    """The action loss alone (no KL) gives every metacontroller parameter a gradient through the frozen base, which
+    gets none and is the same to the last bit after an update."""
+    run, generator = make_run(**changes), generators()[1]
+    base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config, torch.zeros(16))
+    wake(meta.decoder)  # its first half starts at zero, and without control no gradient gets past it
+    base_before, meta_before = ({k: v.clone() for k, v in model.state_dict().items()} for model in (base, meta))
+    ir.discovery_loss(run, base, meta, expert(12), generator, 0.0, False)[0].backward()
+    assert without_gradient(meta) == set() and all(p.grad is None for p in base.parameters())
+    loss, _ = ir.discovery_loss(run, base, meta, expert(12), generator, 0.1, False)
+    ir.update(meta, loss, *([x] for x in ir.adamw(meta, 1e-2, 10)))
+    assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
+    assert {k for k, v in meta.state_dict().items() if torch.equal(meta_before[k], v)} == {"mean"}
+
+
+@SUMMARIES
+def test_padding_changes_no_discovery_loss(summary):
+    """More padding changes neither NLL nor KL nor gates: the embedder reads backwards, but not from the padding."""
+    run = make_run(summary=summary)
+    base, meta, stats = ir.BaseModel(run.config), make_meta(run), []
+    meta.encoder[2].bias.data[4:] -= 30  # codes without sampling noise, whose draws depend on the shape
+    for episodes in cut_and_padded():
+        stats.append(ir.discovery_loss(run, base, meta, episodes, generators()[1], 0.1, False)[1])
+    assert stats[0] == pytest.approx(stats[1], rel=1e-5)
+
+
+def test_mirrored_view_is_a_symmetric_copy():
+    """Each episode gets one symmetry of the square for all its steps and objects; all 8 occur."""
+    episodes, table = expert(64), envs.mirror_table(5)
+    view = ir.mirrored(make_run(), episodes, generators()[1]).numpy()
+    matches = np.stack([(symmetry[episodes.cells()] == view).all(axis=(1, 2)) for symmetry in table])  # (8, N)
+    assert (matches.sum(axis=0) == 1).all() and matches.any(axis=1).all()
+
+
+def test_paper_preset_has_the_papers_sizes():
+    """`--preset paper` has the sizes of PAPER.md, builds models of the parameter counts worked out here by hand, and
+    can take a step of pretraining and a step of discovery."""
+    c, episodes = ir.PRESETS["paper"], expert(2, PAPER)
+    sizes = {
+        "world": "paper", "block": "transformer", "layers": 6, "dim": 256, "heads": 4, "mlp": 512, "control_block": 3,
+        "history_dim": 32, "summary_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "rank": 16,
+        "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "init_scale": 0.1, "rl_lr": 3e-5,
+        "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024, "weight_decay": 0.03,
+        "rl_episodes": 102_400_000, "rl_threshold": 0.5, "policy_dim": 256, "memory": "full", "summary": "whole",
+    }  # fmt: skip
+    assert {name: getattr(c, name) for name in sizes} == sizes
+    ir.check_config(c)
+    run = ir.Run(c, 0, torch.device("cpu"), quiet=True)
+    base, meta = ir.BaseModel(c), ir.Metacontroller(c, torch.zeros(256))
+    block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
+    assert sum(p.numel() for p in base.parameters()) == 637 * 256 + 6 * block + 256 + 257 * 4 + 257 * 49 == 3_326_517
+    gru, encoder, switch = 3 * 32 * (256 + 32 + 2), 321 * 64 + 65 * 16, 297 * 64 + 65
+    decoder = 9 * 32 + 33 * 2 * 16 * 256
+    assert sum(p.numel() for p in meta.parameters()) == 2 * gru + encoder + switch + decoder == 366_961
+    keep = torch.ones(episodes.mask.shape)
+    loss, _ = ir.pretrain_loss(run, base, episodes, keep, keep)
+    ir.update(base, loss, *ir.make_optimisers(c, base, c.pretrain_lr, 10))
+    loss, _ = ir.discovery_loss(run, base.requires_grad_(False), meta, episodes, generators()[1], c.kl_weight, False)
+    ir.update(meta, loss, *([x] for x in ir.adamw(meta, c.discover_lr, 10)))
+    assert all(p.isfinite().all() for p in (loss, *base.parameters(), *meta.parameters()))
+
+
+# ---- Rollouts and what is measured on them ---------------------------------------------------------
+
+@pytest.fixture
+def players():
+    """run, frozen base and metacontroller, policy, all with random weights."""
+    run = make_run(memory="segment")
+    base, meta = wake(ir.BaseModel(run.config), 0.2), make_meta(run)
+    return run, base.requires_grad_(False), meta.requires_grad_(False), wake(ir.Policy(run.config), 0.1)
+
+
+@pytest.mark.parametrize("memory", ["none", "segment", "full"])
+def test_rollout_equals_the_whole_sequence(players, memory):
+    """Rollouts, which go step by step and drop the dead, have the gates and log-probabilities that discovery's form of
+    the model gives the same episodes at once: dropping changes nothing for the living, and only they are computed."""
+    run, base, meta, _ = players
+    run.config = replace(run.config, memory=memory)
+    pilot = ir.CodePilot(meta, Mock(side_effect=lambda residual, opened, alive: residual[:, :4]))
+    result = ir.rollout(run, base, pilot, 60, *generators(), record=True)
+    residual, mask = ir.lower_residual(run, base, torch.from_numpy(result.cells)), torch.from_numpy(result.mask)
+    code, gate = meta.integrate(residual, residual[..., :4], hard=True)
+    controlled = ir.apply_controller(residual, meta.controller(code), meta.mean)
+    log_p = base.upper(controlled, ir.memory_after(gate, memory))[0].log_softmax(-1)
+    assert np.array_equal(gate.numpy() * result.mask, result.switched)
+    assert torch.allclose(log_p.gather(-1, result.actions[..., None])[..., 0] * mask, result.log_prob, atol=1e-3)
+    assert result.steps == result.mask.sum() and len(set(result.mask.sum(axis=1))) > 5
+
+
+def test_code_is_held_between_switches_where_alone_it_is_chosen(players):
+    """The code of a living episode changes exactly where its gate is open, as it is at the first step. The batch of
+    internal RL has one decision a switch, in order, over several chunks of episodes; computed again on the contracted
+    sequences, the log-probabilities are those of the rollout: the first ratio is 1."""
+    run, base, meta, policy = players
+    codes = ir.PolicyCodes(policy, generators()[1])
+    pilot = ir.CodePilot(meta, codes)
+    steer, held = pilot.steer, torch.zeros(20, 4)
+
+    def spy(residual, batch, alive):
+        controlled, opened = steer(residual, batch, alive)
+        assert torch.equal((held[alive] != pilot.code).any(dim=-1), opened.bool())
+        held[alive] = pilot.code
+        return controlled, opened
+
+    pilot.steer = spy
+    result = ir.rollout(run, base, pilot, 50, *generators(), chunk=20)
+    assert result.switched[:, 0].all() and 50 < result.switched.sum() < result.steps
+    batch = codes.batch(result.reward)
+    assert np.array_equal(batch.mask.sum(1).numpy(), result.switched.sum(axis=1)) and batch.log_prob.std() > 0.1
+    log_prob = ir.InternalLearner(run, base, meta, policy).log_prob(batch.inputs, batch.chosen)
+    assert torch.allclose(log_prob * batch.mask, batch.log_prob, atol=1e-3)
+    loss = ir.policy_loss(log_prob, batch.log_prob, torch.ones(50), batch.mask, 0.2)
+    assert loss.item() == pytest.approx(-1, abs=1e-3)
+
+
+def test_raw_log_probability_is_that_of_the_rollout(players):
+    """Raw RL's log-probabilities of its own fresh rollouts, computed again on whole sequences, are those stored."""
+    learner = ir.RawLearner(players[0], players[1].requires_grad_(True))
+    batch = learner.collect(40, *generators())
+    log_prob = learner.log_prob(batch.inputs, batch.chosen)
+    assert torch.allclose(log_prob * batch.mask, batch.log_prob, atol=1e-4) and batch.log_prob.min() < -0.5
+
+
+def test_transitions_and_nearness_by_hand():
+    """Single colours: after 0 came 1 twice; after 1 came 3, 2. Pairs: after 0-1 came 2-3 once, and once no pair.
+    Of three marks, one has another mark at most one step away in the same episode."""
+    single = ir.transition_table(SMALL, np.array([[0, -1, 1, 3], [-1, 0, 1, 2]]))
+    assert single.tolist() == [[0, 1, 0, 0, 0], [0, 0, 0.5, 0.5, 0], [0] * 5, [0] * 5]
+    pairs = ir.transition_table(PAPER, np.array([[0, -1, 1, 2, 3, 4], [0, 1, -1, -1, 5, 4]]))
+    assert pairs.tolist() == [[0, 0.5, 0, 0, 0.5], [0] * 5, [0] * 5, [0] * 5]
+    marks = np.array([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0]], dtype=bool)
+    others = np.array([[0, 1, 0, 0, 0], [1, 0, 0, 0, 1]], dtype=bool)
+    assert ir.share_near(marks, others) == pytest.approx(1 / 3) and ir.share_near(marks & ~marks, others) == 0
+
+
+# ---- Reinforcement learning ------------------------------------------------------------------------
+
+def test_objective_by_hand():
+    """A = (R - mean) / std: one success in four has mean 1/4, standard deviation sqrt(3)/4; no success, all zero.
+    The loss is -mean over decisions made of min(ratio A, clip(ratio) A), with the advantage of each sample."""
+    expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / (math.sqrt(3) / 4 + 1e-3)
+    assert torch.allclose(ir.terminal_advantage(torch.tensor([1.0, 0, 0, 0])), expected)
+    assert not ir.terminal_advantage(torch.zeros(4)).any()
+    log_prob, old, advantage, made, gains = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5), [4, 2, 1, 3, 4], []
+    for n in range(5):
+        for k in range(made[n]):
+            ratio = math.exp(log_prob[n, k] - old[n, k])
+            gains.append(min(ratio * advantage[n].item(), min(max(ratio, 0.8), 1.2) * advantage[n].item()))
+    mask = (torch.arange(4) < torch.tensor(made)[:, None]).float()
+    assert ir.policy_loss(log_prob, old, advantage, mask, 0.2).item() == pytest.approx(-np.mean(gains), rel=1e-4)
+
+
+def bandit(run, policy):
+    """A learner for `reinforce` without a grid: two codes an episode, a reward if the first begins above 1."""
+    inner, inputs = ir.InternalLearner(run, None, None, policy), torch.ones(run.config.rl_batch, 2, 16)
+
+    def collect(count, rng, generator):
+        mean, log_std = (x.detach() for x in policy(inputs)[:2])
+        code = mean + log_std.exp() * torch.randn(mean.shape, generator=generator)
+        log_prob, reward = ir.gaussian_log_prob(code, mean, log_std), (code[:, 0, 0] > 1).float()
+        return ir.Batch(inputs, code, log_prob, torch.ones(count, 2), reward)
+
+    return Mock(model=policy, optimiser=inner.optimiser, collect=collect, log_prob=inner.log_prob)
+
+
+def test_rewarded_code_becomes_likelier():
+    """On a bandit that pays one code in six, `reinforce` raises the success from 16% to over 80%."""
+    run = make_run(rl_batch=256, rl_episodes=256 * 25, rl_lr=1e-2)
+    curve = ir.reinforce(run, "rl", bandit(run, ir.Policy(run.config)))
+    assert [episodes for episodes, _ in curve] == list(range(256, 256 * 26, 256))
+    assert 0.08 < curve[0][1] < 0.25 and curve[-1][1] > 0.8
+
+
+# ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
+
+QUICK = ["--fast", "--no-figures", "--eval_episodes", "32", "--random_episodes", "64", "--pretrain_steps", "10"]
+
+
+def run_main(out, *flags) -> int:
+    return ir.main([*QUICK, "--out", str(out), *flags])
+
+
+def results(folder) -> dict:
+    """The metrics of a run, but for the minutes it took."""
+    metrics = json.loads((folder / "results.json").read_text())
+    return {name: value for name, value in metrics.items() if not name.startswith("minutes")}
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def one_line(capsys) -> str:
+    """What went to stderr, which must be one line of ours."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("internal_rl: "), error
+    return error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished quick run: copy it before you change it."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    assert run_main(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    """The folder has config, metrics and checkpoints that the safe default of torch.load reads."""
+    assert set(contents(finished)) == {"config.json", "metrics.csv", "results.json", *(f"{s}.pt" for s in ir.ORDER)}
+    assert set(json.loads((finished / "config.json").read_text())) == {"seed", *ir.Config.__dataclass_fields__}
+    assert all(torch.load(finished / f"{s}.pt", weights_only=True)["seed"] == 0 for s in ir.ORDER)
+
+
+def test_same_seed_same_metrics(finished, tmp_path, capsys):
+    """A second run with the same seed has exactly the same metrics, another seed has others; several seeds are
+    collected in one file; the terminal shows a raster and a block of `key: value`."""
+    assert run_main(tmp_path, "--seed", "0,1") == 0
+    first, second, third = (results(folder) for folder in (finished, tmp_path / "seed-0", tmp_path / "seed-1"))
+    assert first == second and first["base_excess_nats"] != third["base_excess_nats"]
+    collected = json.loads((tmp_path / "grid-classroom.json").read_text())
+    assert set(collected) == {"preset", "command", "machine", "versions", "seeds"}
+    assert [entry["seed"] for entry in collected["seeds"]] == [0, 1]
+    assert all(set(entry) == set(ir.SEED_KEYS) for entry in collected["seeds"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{start}" in printed for start in ("true subgoal", "gate opens", "internal_rl_success: "))
+
+
+def test_resume_equals_an_uninterrupted_run(finished, copied):
+    """With the checkpoints of phase 3 deleted, only that phase is redone; the metrics are equal, the figures drawn."""
+    for stage in ("rl", "raw"):
+        (copied / f"{stage}.pt").unlink()
+    assert ir.main([*(flag for flag in QUICK if flag != "--no-figures"), "--out", str(copied)]) == 0
+    assert results(copied) == results(finished)
+    assert (copied / "discover.pt").read_bytes() == (finished / "discover.pt").read_bytes()
+    assert {path.name for path in copied.glob("*.png")} == {"switches.png", "rl_curve.png", "episode.png"}
+
+
+def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C during discovery is one line and status 130; the same command then ends as if nothing had happened."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ir, "discovery_loss", Mock(side_effect=KeyboardInterrupt))
+        assert run_main(tmp_path) == 130
+    assert "resume" in one_line(capsys)
+    assert (tmp_path / "pretrain.pt").exists() and not (tmp_path / "discover.pt").exists()
+    assert run_main(tmp_path) == 0 and results(tmp_path) == results(finished)
+
+
+@pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--memory full", "--rl_temperature 0.9", "--seed 1"])
+def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
+    """A folder made with another value that its checkpoints depend on: status 2, one line, nothing overwritten."""
+    before = contents(copied)
+    assert run_main(copied, *flags.split()) == 2 and flags.split()[0] in one_line(capsys)
+    assert contents(copied) == before
+
+
+class Spied:
+    """A config that notes which of its fields are read."""
+
+    def __init__(self, config):
+        self.config, self.read = config, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.config, name)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "steer", "discover"])
+def test_a_checkpoint_is_checked_against_all_it_depends_on(stage):
+    """Every config field that a stage reads is compared before its checkpoint is used again."""
+    short = {f"{name}_{what}": n for name in ir.ORDER[:3] for what, n in (("steps", 1), ("batch", 8))}
+    run = make_run(**short, random_episodes=8, obs_loss=0.1)
+    base = ir.BaseModel(run.config).requires_grad_(False)
+    run.config = Spied(run.config)
+    ir.pretrain(run) if stage == "pretrain" else getattr(ir, stage)(run, base)
+    assert run.config.read - ir.fields_of(stage) == set()
+
+
+@pytest.mark.parametrize("flags", [
+    "--colour 3", "--pre laptop", "--env maze", "--preset huge", "--world large", "--block lstm", "--memory some",
+    "--summary half", "--dim 0", "--dim abc", "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5",
+    "--displace -0.1", "--forget 2", "--forget x", "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0",
+    "--centred maybe", "--heads 5 --block transformer", "--seed -1", "--seed x", "--seed 99999999999999999999",
+    "--threads -1", "--threads x", "--device tpu", "--device cuda", "--pretrain_lr nan", "--pretrain_lr inf",
+    "--pretrain_lr -1", "--weight_decay -1", "--policy_std 0", "--init_scale -1", "--eval_episodes 2",
+])  # fmt: skip
+def test_impossible_values_are_refused(tmp_path, capsys, monkeypatch, flags):
+    """Unknown flag, impossible value or device that is not there: status 2, one line that names it, no folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_main(tmp_path / "new", *flags.split()) == 2
+    assert flags.split()[0] in one_line(capsys) and not (tmp_path / "new").exists()
+
+
+def test_missing_checkpoint_and_unwritable_folder(tmp_path, capsys):
+    """A phase without the one before it, and --out below a file, where no folder can be: status 2 and one line."""
+    assert run_main(tmp_path, "--phase", "rl") == 2 and "--phase pretrain" in one_line(capsys)
+    (tmp_path / "file").write_text("kept")
+    assert run_main(tmp_path / "file" / "new") == 2 and "--out" in one_line(capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("stage, flags", [("pretrain", ""), ("pretrain", "--pretrain_steps 1"), ("discover", "")])
+def test_a_run_that_diverges_fails_clearly(copied, capsys, stage, flags):
+    """Numbers that become infinite, even in the very last step: status 1, one line, no checkpoint of that phase."""
+    for later in ir.ORDER[ir.ORDER.index(stage) :]:
+        (copied / f"{later}.pt").unlink()
+    assert run_main(copied, f"--{stage}_lr", "1e30", *flags.split()) == 1
+    assert "finite" in one_line(capsys) and not (copied / f"{stage}.pt").exists()
+
+
+def test_reinforcement_that_diverges_fails_clearly(players):
+    """A policy loss that is no number, and action probabilities that are none, are failed runs too."""
+    run = make_run(rl_batch=64, rl_episodes=64)
+    learner = bandit(run, ir.Policy(run.config))
+    learner.log_prob = lambda inputs, chosen: math.nan * learner.model(inputs)[0].sum(-1)
+    players[1].action_head.weight.fill_(math.nan)
+    for broken in (ir.reinforce, run, "rl", learner), (ir.rollout, *players[:2], ir.RawPilot(), 8, *generators()):
+        with pytest.raises(ir.Failure) as failure:
+            broken[0](*broken[1:])
+        assert failure.value.status == 1
+
+
+def test_help_explains_every_field():
+    """The comment beside each field of Config is in --help under the field's flag, with its default."""
+    comments, text = ir.config_comments(), re.sub(r"\W", "", ir.make_parser().format_help())
+    assert list(comments) == [f.name for f in fields(ir.Config)]
+    for f in fields(ir.Config):
+        said = f"--{f.name} {type(f.default).__name__.upper()} {comments[f.name]} [{ir.show(f.default)}]"
+        assert re.sub(r"\W", "", said) in text
+
+
+@pytest.mark.skipif(not (HERE / "README.md").exists(), reason="no README.md yet")
+def test_readme_mentions_only_what_exists():
+    """Every --flag of the README (but pip's) is in --help, and every file under results/ that it names exists."""
+    text = "\n".join(line for line in (HERE / "README.md").read_text().splitlines() if "pip install" not in line)
+    flag = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+    assert set(flag.findall(text)) - set(flag.findall(ir.make_parser().format_help())) == set()
+    files = set(re.findall(r"results/[\w./-]*\.\w+", text))
+    assert {name for name in files if not (HERE / name).exists()} == set()
+
+
+def test_import_is_light():
+    """Importing internal_rl imports no matplotlib and prints nothing."""
+    code = "import sys, internal_rl; assert not [name for name in sys.modules if name.startswith('matplotlib')]"
+    found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(os.environ.get("RUN_SLOW") != "1", reason="trains for minutes: set RUN_SLOW=1")
+def test_classroom_learns(tmp_path):
+    """The classroom preset, with half its RL: switches find the true subgoal changes (precision and recall at least
+    0.9), and internal RL rises far above counting, to where raw-action RL does not come near."""
+    assert ir.main(["--no-figures", "--rl_episodes", "200000", "--out", str(tmp_path)]) == 0
+    found = results(tmp_path)
+    assert found["switch_precision"] >= 0.9 and found["switch_recall"] >= 0.9
+    assert found["internal_rl_success"] > 1000 * found["counting_success"] and found["raw_rl_success"] < 0.05
