@@ -298,7 +298,7 @@ def shortest_actions(field: np.ndarray, rows, target, agent, neighbour: np.ndarr
 def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
     rows = np.arange(len(tasks))
-    neighbour = neighbour_table(int(round(field.shape[-1] ** 0.5)))
+    neighbour = neighbour_table(round(field.shape[-1] ** 0.5))
     ok = np.ones(len(tasks), dtype=bool)
     start = layout.agent
     for i in range(tasks.shape[1] - 1):

@@ -667,7 +667,7 @@ def held_out(run: Run) -> envs.Episodes:
 
 
 def action_nll(logits, episodes: envs.Episodes, run: Run, soft: bool = True):
-    """-ln p(expert's action), expected over the expert's choice (soft) or for the one it took: (B, T), 0 in padding."""
+    """-ln p(action) of the expert, expected over its choice (soft) or for the one it took, (B, T); 0 in padding."""
     target = run.tensor(episodes.expert)
     if not soft:
         target = F.one_hot(run.tensor(episodes.actions), 4).float()
@@ -723,7 +723,8 @@ def adamw(model: nn.Module, lr: float, steps: int, weight_decay: float = 0.0):
 def update(model: nn.Module, loss, optimisers, schedulers) -> None:
     """One gradient step of `model` with its gradient's norm clipped to 1."""
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
+        raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
     for stepper in (*optimisers, *schedulers):
         stepper.step()
     model.zero_grad(set_to_none=True)
@@ -1449,7 +1450,6 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
                     loss = policy_loss(
                         learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip
                     )
-                    check_finite(phase, loss=loss.item())
                     update(learner.model, loss, [learner.optimiser], [])
         # log
         run.log(
