@@ -98,12 +98,7 @@ class Config:
     soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper)
     displace: float = 0.1  # jumps to a random free cell per step in phases 1 and 2 (ours)
-    forget: tuple[float, ...] = (
-        0.0,
-        0.15,
-        1.0,
-        1.0,
-    )  # an episode's chance per step to lose all memory (ours)
+    forget: tuple[float, ...] = (0.0, 0.15, 1.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     # check: one controller per ground-truth subgoal
     steer_steps: int = 800  # (ours)
     steer_batch: int = 64  # episodes (ours)
@@ -118,9 +113,7 @@ class Config:
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    memory: str = (
-        "none"  # what the steered base remembers: none | segment (since the last switch) | full (paper)
-    )
+    memory: str = "none"  # of the steered base: none | segment (since the last switch) | full (paper)
     discover_steps: int = 1000  # (paper: 64,000)
     discover_batch: int = 64  # (paper: 512)
     discover_lr: float = 3e-3  # peak, cosine (paper: 1e-3 constant)
