@@ -352,6 +352,8 @@ def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator
     padded, lengths = pad_tasks(tasks)
     parts, drawn, kept = [], 0, 0
     while kept < count:
+        if drawn > 10_000 and not kept:
+            raise ValueError(f"no solvable layout in {drawn} draws: fewer walls or colours, or a larger size")
         layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
         index = rng.integers(len(tasks), size=len(layout.agent))
         field = distance_fields(world, layout)

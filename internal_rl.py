@@ -1685,19 +1685,27 @@ SEED_KEYS = (
 )  # fmt: skip
 
 
+def wanted_stages(phase: str) -> list[str]:
+    """The stages that `--phase` asks for."""
+    return [stage for name in (STAGES if phase == "all" else [phase]) for stage in STAGES[name]]
+
+
+def check_checkpoints(run: Run, phase: str) -> None:
+    """Raise Failure if a checkpoint belongs to another run or one that `phase` needs is missing. Writes nothing."""
+    wanted = wanted_stages(phase)
+    for stage in ORDER:
+        needed = stage not in wanted and any(stage in NEEDS[other] for other in wanted)
+        if load_checkpoint(run, stage) is None and needed:
+            path = run.out / f"{stage}.pt"
+            raise Failure(f"--phase {phase}: {path} is missing; run --phase {stage} with the same --out first")
+
+
 def run_seed(run: Run, phase: str, figures: bool) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
-    wanted = [stage for name in (STAGES if phase == "all" else [phase]) for stage in STAGES[name]]
     models, metrics = {}, {"seed": run.seed}
     for stage in ORDER:
-        if stage in wanted:
+        if stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists():
             metrics |= run_stage(run, stage, models)
-        elif (run.out / f"{stage}.pt").exists():
-            metrics |= run_stage(run, stage, models)
-        elif any(stage in NEEDS[other] for other in wanted):
-            raise Failure(
-                f"--phase {phase}: {run.out / stage}.pt is missing; run --phase {stage} with the same --out first"
-            )
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     if figures and "discover" in models:
@@ -1952,12 +1960,11 @@ def run_command(args, argv) -> int:
     print(f"internal_rl: --env {args.env} --preset {args.preset}; {versions()}; {describe_machine()}; "
           f"{torch.get_num_threads()} threads; {device}; to {folder}")  # fmt: skip
     entries = []
-    for seed in seeds:
-        out = folder if alone else folder / f"seed-{seed}"
-        run = Run(config, seed, device, out)
-        for stage in ORDER:
-            load_checkpoint(run, stage)  # a mismatch must stop us before anything is written
-        prepare_folder(out, config, seed)
+    runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}") for seed in seeds]
+    for run in runs:
+        check_checkpoints(run, args.phase)  # a mismatch must stop us before anything is written
+    for run in runs:
+        prepare_folder(run.out, config, run.seed)
         metrics = run_seed(run, args.phase, not args.no_figures)
         print_summary(metrics)
         entries.append({key: metrics[key] for key in SEED_KEYS if key in metrics})
