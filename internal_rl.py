@@ -1572,6 +1572,8 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
         xticks=[],
         yticks=[],
     )
+    for colour, cell in enumerate(cells[0, : world.colours]):
+        axis.text(cell % world.size - 0.4, cell // world.size - 0.3, str(colour), fontweight="bold")
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.savefig(path, dpi=120)
     plt.close(figure)
