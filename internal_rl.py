@@ -501,9 +501,8 @@ class Metacontroller(nn.Module):
             nn.Linear(Z, c.decoder_hidden), nn.ReLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
         )
         nn.init.constant_(self.switch[2].bias, c.gate_bias)
-        with (
-            torch.no_grad()
-        ):  # the factor that writes starts at zero: no control; the one that reads at random
+        # The factor that writes starts at zero, which is no control; the one that reads at random.
+        with torch.no_grad():
             for parameter in (self.decoder[2].weight, self.decoder[2].bias):
                 parameter[: c.rank * D].zero_()
                 parameter[c.rank * D :].normal_(std=D**-0.5)
@@ -545,9 +544,8 @@ class Metacontroller(nn.Module):
                 age = age + 1
                 gate = gate * (age > hold)
                 age = age * (gate < 0.5)
-            code = (
-                gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code
-            )  # beta_t = 1 adopts the new code
+            # beta_t = 1 adopts the new code
+            code = gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code
             codes.append(code)
             gates.append(gate)
         return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
@@ -1121,6 +1119,12 @@ def mirrored(run: Run, episodes: envs.Episodes, generator):
     return table[symmetry, cells]
 
 
+def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
+    """What the encoder makes of a mirrored copy of the episodes: mean, log_std of the proposals, (B, T, Z)."""
+    view = lower_residual(run, base, mirrored(run, episodes, generator))
+    return meta.encode(view, run.tensor(episodes.lengths()))
+
+
 def discovery_loss(
     run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, warmup
 ):
@@ -1132,8 +1136,7 @@ def discovery_loss(
     c = run.config
     mask = run.tensor(episodes.mask)
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
-    view = lower_residual(run, base, mirrored(run, episodes, generator))
-    mean, log_std = meta.encode(view, run.tensor(episodes.lengths()))
+    mean, log_std = posterior(run, base, meta, episodes, generator)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     hold = None
     if c.hold and not warmup:
@@ -1188,8 +1191,7 @@ def share_near(marks: np.ndarray, others: np.ndarray) -> float:
 def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
     """Codes and gates with the gate rounded as in phase 3, and the KL: (B, T, Z), (B, T), (B, T)."""
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
-    view = lower_residual(run, base, mirrored(run, episodes, generator))
-    mean, log_std = meta.encode(view, run.tensor(episodes.lengths()))
+    mean, log_std = posterior(run, base, meta, episodes, generator)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hard=True)
     return code, gate, code_kl(mean, log_std)
@@ -1511,8 +1513,7 @@ def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -
     episodes = held_out(run).take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
     residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
-    view = lower_residual(run, base, mirrored(run, episodes, generator))
-    mean, _ = meta.encode(view, run.tensor(episodes.lengths()))
+    mean, _ = posterior(run, base, meta, episodes, generator)
     gate = meta.integrate(residual, mean)[1].cpu().numpy()
     figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
     for i, axis in enumerate(axes):
