@@ -81,12 +81,7 @@ class TaskSet:
 
 def check_sizes(size: int, colours: int, walls: int, limit: int) -> None:
     """Raise ValueError, naming the argument, unless these sizes make a grid."""
-    for name, value, least in (
-        ("size", size, 2),
-        ("colours", colours, 1),
-        ("walls", walls, 0),
-        ("limit", limit, 1),
-    ):
+    for name, value, least in (("size", size, 2), ("colours", colours, 1), ("walls", walls, 0), ("limit", limit, 1)):
         if value < least:
             raise ValueError(f"{name}={value} is too small: it must be at least {least}")
     if colours + walls + 1 > size * size:
@@ -100,9 +95,7 @@ def check_task(task, colours: int) -> None:
     if not task or any(not 0 <= colour < colours for colour in task):
         raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{colours - 1}")
     if any(a == b for a, b in zip(task[:-1], task[1:])):
-        raise ValueError(
-            f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell"
-        )
+        raise ValueError(f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell")
 
 
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
@@ -338,9 +331,7 @@ class Episodes(NamedTuple):
         """The episodes of `index`, with the padding cut to the longest of them."""
         longest = int(self.mask[index].sum(axis=1).max())
         cut = {"agent": longest + 1, "actions": longest, "expert": longest, "goal": longest, "mask": longest}
-        return Episodes(
-            *(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items())
-        )
+        return Episodes(*(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items()))
 
 
 def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator):
@@ -366,13 +357,11 @@ def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator
     return layout, np.concatenate(indices)[:count], np.concatenate(fields)[:count], 1 - kept / drawn
 
 
-def expert_episodes(
-    world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024
-):
+def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024):
     """`count` successful expert trajectories on random solvable layouts -> Episodes, share of unsolvable draws.
 
     With probability `noise` a step takes a random action that ends nothing and closes no way (paper: eps). With
-    probability `displace` a step is followed by a jump to a random free cell (ours: it shows what to do from
+    probability `displace` a step is followed by a jump to a random cell (ours: it shows what to do from
     places the expert would not pass, and unlike `noise` leaves every action an expert's). The recorded expert
     probabilities stay the clean expert's. Episodes over the time limit are drawn again. Worked on in chunks
     that fit the processor's cache.
@@ -388,10 +377,7 @@ def expert_episodes(
     def join(name):
         arrays = [getattr(part, name) for part in parts]
         if name in ("agent", "actions", "expert", "goal", "mask"):
-            more = [
-                [(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2)
-                for part, a in zip(parts, arrays)
-            ]
+            more = [[(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2) for part, a in zip(parts, arrays)]
             options = {"goal": {"constant_values": -1}, "agent": {"mode": "edge"}}.get(name, {})
             arrays = [np.pad(a, pad, **options) for a, pad in zip(arrays, more)]
         return np.concatenate(arrays)
@@ -450,11 +436,16 @@ def _harmless_actions(batch: GridBatch, field, rows, goal, neighbour) -> np.ndar
 
 
 def _displace(batch: GridBatch, field, rows, chosen, rng: np.random.Generator) -> None:
-    """Move the agents of the `chosen` episodes to a random cell, if it is free and the goal can be reached."""
+    """Put the agents of the `chosen` episodes on a random cell that is no wall and not their goal.
+
+    The goal must be within reach. A cell of another colour will do: being put there is no visit.
+    """
     cell = rng.integers(batch.world.size**2, size=len(chosen))
-    free = batch.content[chosen, cell] < 0
-    free &= field[rows[chosen], batch.goal()[chosen], cell] < FAR
-    batch.agent[chosen[free]] = cell[free]
+    goal, around = batch.goal()[chosen], batch._neighbour[cell]
+    reach = field[rows[chosen, None], goal[:, None], around].min(axis=1)
+    allowed = (batch.content[chosen, cell] < batch.world.colours) & (batch.content[chosen, cell] != goal)
+    allowed &= reach < FAR
+    batch.agent[chosen[allowed]] = cell[allowed]
 
 
 def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
@@ -471,8 +462,7 @@ def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
     field = distance_fields(world, layout)
     neighbour = neighbour_table(world.size)
     posterior = np.stack(
-        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)],
-        axis=1,
+        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)], axis=1
     ).astype(float)
     rows = np.repeat(np.arange(N), K)
     stage = np.zeros(N, dtype=np.int64)
@@ -491,9 +481,7 @@ def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
         posterior = np.where(live[:, None], posterior * taken, posterior)
         if t + 1 < T:  # a visit also tells which tasks are still possible
             visit = live & episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
-            posterior = np.where(
-                visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior
-            )
+            posterior = np.where(visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior)
             stage += visit
     return result
 
@@ -610,9 +598,7 @@ def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 2
     picture = palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
     row, column = divmod(agent, world.size)
     inset = scale // 4
-    picture[
-        row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset
-    ] = 0
+    picture[row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset] = 0
     return picture
 
 

@@ -77,6 +77,7 @@ class Config:
 
     # task
     world: str = "small"  # task set in envs.TASK_SETS (paper: App. A; small: ours)
+    eval_episodes: int = 1024  # held-out episodes and post-training rollouts
     # base model (paper: App. C.1, D.1)
     block: str = "hawk"  # hawk | transformer (paper: transformer on the grid, Hawk on the ant)
     layers: int = 4  # blocks (paper: 6)
@@ -87,18 +88,21 @@ class Config:
     relative_obs: bool = True  # objects at their offset from the agent, not at their cell (ours)
     init_scale: float = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: int = 1  # the controller acts after this many blocks (paper: layers / 2)
-    centred: bool = True  # U acts on e_t minus its mean, so that it cannot write a constant (ours)
     # phase 1: pretrain
     pretrain_steps: int = 3000  # (paper: 256,000)
     pretrain_batch: int = 128  # episodes (paper: 1024)
     pretrain_lr: float = 6e-3  # peak, cosine to 0.02 of it (paper: 3e-4 constant)
     pretrain_muon: bool = True  # Muon for the blocks' matrices, AdamW for the rest (paper: AdamW)
-    weight_decay: float = 0.03  # phases 1 and 2 (paper)
+    weight_decay: float = 0.03  # in phase 1 (paper: in phase 2 too)
     obs_loss: float = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01)
     soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper)
-    displace: float = 0.1  # jumps to a random free cell per step in phases 1 and 2 (ours)
+    displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
     forget: tuple[float, ...] = (0.0, 0.15, 1.0, 1.0)  # per episode: chance per step to lose all memory (ours)
+    memory: str = "none"  # of the steered base: none | segment (since the last switch) | full (paper)
+    # controllers
+    rank: int = 16  # of the controller (paper: 16 on the grid)
+    centred: bool = True  # U acts on e_t minus its mean, so that it cannot write a constant (ours)
     # check: one controller per ground-truth subgoal
     steer_steps: int = 800  # (ours)
     steer_batch: int = 64  # episodes (ours)
@@ -109,11 +113,9 @@ class Config:
     encoder_hidden: int = 64  # (paper)
     code_dim: int = 8  # n_z (paper)
     decoder_hidden: int = 32  # (paper)
-    rank: int = 16  # of the controller (paper: 16 on the grid)
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    memory: str = "none"  # of the steered base: none | segment (since the last switch) | full (paper)
     discover_steps: int = 1000  # (paper: 64,000)
     discover_batch: int = 64  # (paper: 512)
     discover_lr: float = 3e-3  # peak, cosine (paper: 1e-3 constant)
@@ -122,22 +124,22 @@ class Config:
     hold: int = 0  # in training a code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
     discover_warmup: int = 0  # first steps run with memory = none and hold = 0 (ours)
     gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
+    # acting with codes: random ones after phase 2, chosen ones in phase 3
+    rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
+    rl_threshold: float = 0.5  # the gate opens above this (paper)
+    random_episodes: int = 65_536  # rollouts of random codes, to measure a success of order 1e-4
     # phase 3: internal RL (paper: App. C.5)
     rl_episodes: int = 240_000  # (paper: up to 100,000 x 1024)
     rl_batch: int = 4096  # episodes per update (paper: 1024)
+    rl_decisions: int = 24  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
-    rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
-    rl_threshold: float = 0.5  # the gate opens above this (paper)
     policy_dim: int = 64  # width of the one-block recurrent policy (paper: 256)
     policy_std: float = 1.0  # initial standard deviation, that of the codes' prior
     raw_lr: float = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
-    # evaluation
-    eval_episodes: int = 1024  # held-out episodes and post-training rollouts
-    random_episodes: int = 65_536  # rollouts of random codes, to measure a success of order 1e-4
 
 
 CLASSROOM = Config()
@@ -175,12 +177,13 @@ def check_config(c: Config) -> None:
             raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
     for f in fields(c):
         value = getattr(c, f.name)
-        least = (
-            0
-            if f.name.endswith("_steps")
-            or f.name in ("control_block", "rl_episodes", "hold", "discover_warmup")
-            else 1
+        may_be_zero = f.name.endswith("_steps") or f.name in (
+            "control_block",
+            "rl_episodes",
+            "hold",
+            "discover_warmup",
         )
+        least = 0 if may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise Failure(f"--{f.name}={value}: must be at least {least}")
         if isinstance(value, float) and not 0 <= value < math.inf and f.name != "gate_bias":
@@ -298,10 +301,7 @@ class AttentionMixer(nn.Module):
         start = log_kept[:, -1:] if S else 0.0
         log_kept = torch.cat([log_kept, start + keep.clamp_min(1e-9).log().cumsum(dim=1)], dim=1)
         distance = torch.arange(S, S + T, device=x.device)[:, None] - torch.arange(S + T, device=x.device)
-        bias = (
-            self.bias[:, self.bucket(distance.clamp_min(0))]
-            + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
-        )
+        bias = self.bias[:, self.bucket(distance.clamp_min(0))] + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
         bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S + T)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
@@ -395,9 +395,7 @@ class BaseModel(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
         self.action_head = nn.Linear(c.dim, 4)
-        self.next_head = nn.Linear(
-            c.dim, envs.TASK_SETS[c.world].size ** 2
-        )  # the agent's next cell: all that moves
+        self.next_head = nn.Linear(c.dim, envs.TASK_SETS[c.world].size ** 2)  # the agent's next cell: all that moves
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
@@ -494,9 +492,7 @@ class Metacontroller(nn.Module):
         self.encoder = nn.Sequential(
             nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
         )
-        self.switch = nn.Sequential(
-            nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1)
-        )
+        self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
         self.decoder = nn.Sequential(
             nn.Linear(Z, c.decoder_hidden), nn.ReLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
         )
@@ -570,16 +566,7 @@ def gaussian_log_prob(x, mean, log_std):
 # ----------------------------------------------------------------------------------------------------
 
 # Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
-STREAMS = {
-    "pretrain": 0,
-    "steer": 1,
-    "discover": 2,
-    "rl": 3,
-    "raw": 4,
-    "test": 5,
-    "evaluate": 6,
-    "figures": 7,
-}
+STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "test": 5, "evaluate": 6, "figures": 7}
 
 
 def check_finite(phase: str, **metrics) -> None:
@@ -620,8 +607,7 @@ class Run:
         if not self.quiet:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             print(
-                f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {elapsed:.0f} s, ETA {left:.0f} s",
-                flush=True,
+                f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {elapsed:.0f} s, ETA {left:.0f} s", flush=True
             )
         if self.out:
             with open(self.out / "metrics.csv", "a", newline="") as file:
@@ -689,9 +675,7 @@ def cosine(steps: int, floor: float = 0.02, warmup: int = 50):
 
 def make_optimisers(c: Config, model: nn.Module, lr: float, steps: int):
     """AdamW (paper), or Muon for matrices inside the blocks and AdamW for the rest -> optimisers, schedulers."""
-    matrices = (
-        [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 2] if c.pretrain_muon else []
-    )
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 2] if c.pretrain_muon else []
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     if not c.pretrain_muon:
@@ -705,9 +689,7 @@ def make_optimisers(c: Config, model: nn.Module, lr: float, steps: int):
 
 
 def adamw(model: nn.Module, lr: float, steps: int, weight_decay: float = 0.0):
-    optimiser = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay
-    )
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))
 
 
@@ -772,21 +754,13 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
         update(base, loss / length, optimisers, schedulers)
         if step % 50 == 0 or step == c.pretrain_steps:
             run.log(
-                step,
-                c.pretrain_steps,
-                "steps",
-                nats_per_episode=stats["nll"],
-                nats_per_step=stats["nll"] / length,
+                step, c.pretrain_steps, "steps", nats_per_episode=stats["nll"], nats_per_step=stats["nll"] / length
             )
     base.requires_grad_(False)
     excess = base_loss(run, base, test, keep=1.0) - floor
     check_finite("pretrain", base_excess_nats=excess)
     run.say(f"base: {excess:.3f} nats per episode above the Bayes floor of {floor:.2f}")
-    return base, {
-        "base_excess_nats": excess,
-        "bayes_floor_nats": floor,
-        "minutes_pretrain": run.seconds() / 60,
-    }
+    return base, {"base_excess_nats": excess, "bayes_floor_nats": floor, "minutes_pretrain": run.seconds() / 60}
 
 
 @torch.no_grad()
@@ -943,9 +917,7 @@ class CodePilot:
         self.threshold, self.memory = c.rl_threshold, c.memory
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
-        self.out = torch.zeros(
-            B, c.rank, c.dim, device=device
-        )  # the controller in force, decoded once a switch
+        self.out = torch.zeros(B, c.rank, c.dim, device=device)  # the controller in force, decoded once a switch
         self.inn = torch.zeros(B, c.rank, c.dim, device=device)
         self.first = True
         self.choose.begin(B, run)
@@ -1007,9 +979,7 @@ def join_results(parts: list[Result]) -> Result:
 
     def pad(value, fill):
         if isinstance(value, np.ndarray):
-            return np.pad(
-                value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill
-            )
+            return np.pad(value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill)
         return F.pad(value, (0, T - value.shape[1]), value=fill)
 
     columns = {name: [getattr(part, name) for part in parts] for name in Result._fields}
@@ -1022,16 +992,7 @@ def join_results(parts: list[Result]) -> Result:
 
 
 def rollout(
-    run: Run,
-    base: BaseModel,
-    pilot,
-    count: int,
-    rng,
-    generator,
-    temperature=1.0,
-    record=False,
-    roam=False,
-    chunk=2048,
+    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False, chunk=2048
 ) -> Result:
     """`count` episodes of the post-training task on random solvable layouts.
 
@@ -1068,9 +1029,7 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
         logits, state = base.upper(controlled[:, None], keep, state)
         log_p = F.log_softmax(logits[:, 0] / temperature, dim=-1)
         if not log_p.isfinite().all():
-            raise Failure(
-                f"{run.phase}: the model's action probabilities are no numbers; lower the learning rate", 1
-            )
+            raise Failure(f"{run.phase}: the model's action probabilities are no numbers; lower the learning rate", 1)
         action = torch.multinomial(log_p.exp(), 1, generator=generator)
         visit, gain, done = batch.step(action[:, 0].cpu().numpy())
         visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
@@ -1161,20 +1120,14 @@ def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
     for step in range(1, c.discover_steps + 1):
         episodes = data.next()
         kl_weight = c.kl_weight * min(1.0, max(0.0, (step - first) / (last - first)))
-        loss, stats = discovery_loss(
-            run, base, meta, episodes, generator, kl_weight, step <= c.discover_warmup
-        )
+        loss, stats = discovery_loss(run, base, meta, episodes, generator, kl_weight, step <= c.discover_warmup)
         update(meta, loss / 10, [optimiser], [scheduler])
         if step % 50 == 0 or step == c.discover_steps:
             stats["excess"] = stats.pop("nll") - expert_entropy(episodes)
             run.log(step, c.discover_steps, "steps", **stats)
     meta.requires_grad_(False)
     minutes = run.seconds() / 60
-    metrics = {
-        **switch_metrics(run, base, meta),
-        **random_code_metrics(run, base, meta),
-        "minutes_discover": minutes,
-    }
+    metrics = {**switch_metrics(run, base, meta), **random_code_metrics(run, base, meta), "minutes_discover": minutes}
     for line in raster(run, base, meta):
         run.say(line)
     return meta, metrics
@@ -1224,9 +1177,7 @@ def switch_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
         "true_changes_per_episode": float(changed.sum() / len(changed)),
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
-        "action_from_code_accuracy": fit_readout(
-            run, code[at], run.tensor(episodes.expert.argmax(-1))[at], hidden=64
-        ),
+        "action_from_code_accuracy": fit_readout(run, code[at], run.tensor(episodes.expert.argmax(-1))[at], hidden=64),
     }
 
 
@@ -1321,8 +1272,8 @@ class Batch(NamedTuple):
 class PolicyCodes:
     """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more."""
 
-    def __init__(self, policy: Policy, generator):
-        self.policy, self.generator, self.chunks = policy, generator, []
+    def __init__(self, policy: Policy, generator, most: int):
+        self.policy, self.generator, self.most, self.chunks = policy, generator, most, []
 
     def begin(self, B: int, run: Run) -> None:
         self.state = self.policy.block.mixer.initial(B)
@@ -1344,7 +1295,10 @@ class PolicyCodes:
         self.state = tuple(part[kept] for part in self.state)
 
     def batch(self, reward) -> Batch:
-        """All chunks since construction, in contracted time: decision k of an episode is its k-th switch."""
+        """All chunks since construction, in contracted time: decision k of an episode is its k-th switch.
+
+        Only the first `most` decisions are kept: an agent that walks in circles may switch at every step.
+        """
         sizes = [B for B, _ in self.chunks]
         starts = np.cumsum([0, *sizes[:-1]])
         rows = torch.cat([r + start for (_, entries), start in zip(self.chunks, starts) for r, *_ in entries])
@@ -1355,15 +1309,14 @@ class PolicyCodes:
         counts = torch.bincount(rows, minlength=sum(sizes))
         first = torch.cumsum(counts, 0) - counts
         index = torch.arange(len(rows), device=rows.device) - first[rows[order]]
+        order, index = order[index < self.most], index[index < self.most]
 
         def spread(values):
-            table = values.new_zeros(len(counts), int(counts.max()), *values.shape[1:])
+            table = values.new_zeros(len(counts), min(self.most, int(counts.max())), *values.shape[1:])
             table[rows[order], index] = values[order]
             return table
 
-        return Batch(
-            spread(residual), spread(code), spread(log_prob), spread(torch.ones_like(log_prob)), reward
-        )
+        return Batch(spread(residual), spread(code), spread(log_prob), spread(torch.ones_like(log_prob)), reward)
 
 
 class InternalLearner:
@@ -1376,7 +1329,7 @@ class InternalLearner:
         self.optimiser = torch.optim.Adam([{"params": others}, std], lr=run.config.rl_lr)
 
     def collect(self, count: int, rng, generator) -> Batch:
-        codes = PolicyCodes(self.model, generator)
+        codes = PolicyCodes(self.model, generator, self.run.config.rl_decisions)
         pilot = CodePilot(self.meta, codes)
         result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.rl_temperature)
         return codes.batch(result.reward)
@@ -1391,9 +1344,7 @@ class RawLearner:
 
     def __init__(self, run: Run, base: BaseModel):
         self.run, self.model = run, base
-        self.optimiser = torch.optim.Adam(
-            [p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr
-        )
+        self.optimiser = torch.optim.Adam([p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr)
 
     def collect(self, count: int, rng, generator) -> Batch:
         result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
@@ -1442,18 +1393,10 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
                 ):
                     longest = int(batch.mask[index].sum(1).max())
                     inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                    loss = policy_loss(
-                        learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip
-                    )
+                    loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
                     update(learner.model, loss, [learner.optimiser], [])
         # log
-        run.log(
-            episodes,
-            c.rl_episodes,
-            "episodes",
-            success=curve[-1][1],
-            decisions=batch.mask.sum(1).mean().item(),
-        )
+        run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=batch.mask.sum(1).mean().item())
     return curve
 
 
@@ -1545,7 +1488,7 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
     """One episode of internal RL on the grid: the path has one colour per held code, circles are switches."""
     plt = pyplot()
     rng, generator = run.start("figures")
-    pilot = CodePilot(meta, PolicyCodes(policy, generator))
+    pilot = CodePilot(meta, PolicyCodes(policy, generator, run.config.rl_decisions))
     result = rollout(run, base, pilot, 16, rng, generator, run.config.rl_temperature, record=True)
     i = int(result.reward.argmax())  # a solved one if there is one
     steps, world = int(result.mask[i].sum()), run.world
@@ -1562,10 +1505,7 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
         part = np.flatnonzero(held == code)
         part = np.append(part, part[-1] + 1)[: steps - part[0]]
         axis.plot(
-            column[part] + jitter[part[0]],
-            row[part] + jitter[part[0]],
-            color=f"C{code}",
-            label=f"code {code + 1}",
+            column[part] + jitter[part[0]], row[part] + jitter[part[0]], color=f"C{code}", label=f"code {code + 1}"
         )
         axis.plot(column[part[0]] + jitter[part[0]], row[part[0]] + jitter[part[0]], "o", color=f"C{code}")
     axis.set(
@@ -1584,11 +1524,7 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
 # Stages and checkpoints: each stage depends on (config, seed, earlier stages) and is done once
 # ----------------------------------------------------------------------------------------------------
 
-STAGES = {
-    "pretrain": ("pretrain", "steer"),
-    "discover": ("discover",),
-    "rl": ("rl", "raw"),
-}  # of each --phase
+STAGES = {"pretrain": ("pretrain", "steer"), "discover": ("discover",), "rl": ("rl", "raw")}  # of each --phase
 ORDER = ("pretrain", "steer", "discover", "rl", "raw")
 NEEDS = {
     "pretrain": (),
@@ -1602,23 +1538,9 @@ NEEDS = {
 def fields_of(stage: str) -> set[str]:
     """Config fields on which a stage or those before it depend: changing another leaves its checkpoint valid."""
     names = [f.name for f in fields(Config)]
-    before = {"pretrain": "steer_steps", "steer": "history_dim", "discover": "rl_episodes"}
-    used = set(names[: names.index(before[stage])] if stage in before else names) | {
-        "memory",
-        "eval_episodes",
-    }
-    if stage != "steer":
-        return used - {"steer_steps", "steer_batch", "steer_lr"} | (
-            DISCOVER_ROLLOUT if stage == "discover" else set()
-        )
-    return used | {"rank"}
-
-
-DISCOVER_ROLLOUT = {
-    "random_episodes",
-    "rl_temperature",
-    "rl_threshold",
-}  # random codes act in the environment
+    later = {"pretrain": "rank", "steer": "history_dim", "discover": "rl_episodes"}  # first field of no concern
+    used = set(names[: names.index(later[stage])] if stage in later else names)
+    return used if stage == "steer" else used - {"steer_steps", "steer_batch", "steer_lr"}
 
 
 def save_checkpoint(run: Run, stage: str, model: nn.Module, metrics: dict) -> None:
@@ -1643,15 +1565,11 @@ def load_checkpoint(run: Run, stage: str) -> dict | None:
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to redo this phase"
         ) from None
     if seed != run.seed:
-        raise Failure(
-            f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out"
-        )
+        raise Failure(f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out")
     for name in sorted(fields_of(stage)):
         ours = getattr(run.config, name)
         if config.get(name) != ours:
-            raise Failure(
-                f"{path}: made with --{name}={config.get(name)}, this run has {ours}; choose another --out"
-            )
+            raise Failure(f"{path}: made with --{name}={config.get(name)}, this run has {ours}; choose another --out")
     return content
 
 
@@ -1768,12 +1686,7 @@ def benchmark(device: torch.device) -> dict:
     optimiser, scheduler = adamw(meta, c.discover_lr, 100)
 
     def discover_step():
-        update(
-            meta,
-            discovery_loss(run, base, meta, episodes, generator, 0.1, False)[0],
-            [optimiser],
-            [scheduler],
-        )
+        update(meta, discovery_loss(run, base, meta, episodes, generator, 0.1, False)[0], [optimiser], [scheduler])
 
     out["discover_step_seconds"] = seconds_per_call(discover_step, 5)
     out["discover_over_pretrain"] = out["discover_step_seconds"] / out["pretrain_step_seconds"]
@@ -1839,21 +1752,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", choices=["grid"], default="grid", help="which tasks")
     parser.add_argument("--preset", choices=list(PRESETS), default="classroom", help="sizes and schedules")
-    parser.add_argument(
-        "--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run"
-    )
-    parser.add_argument(
-        "--fast", action="store_true", help="shrink the preset to a smoke run of under a minute"
-    )
-    parser.add_argument(
-        "--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)"
-    )
+    parser.add_argument("--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run")
+    parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
+    parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's default)")
-    parser.add_argument(
-        "--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)"
-    )
+    parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
     parser.add_argument("--benchmark", action="store_true", help="print this machine's speeds and stop")
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
@@ -1903,9 +1808,7 @@ def describe_machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [
-            line.split(":")[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
     return f"{name}, {os.cpu_count()} cores"
@@ -1933,10 +1836,7 @@ def main(argv=None) -> int:
         print(f"internal_rl: {failure}", file=sys.stderr)
         return failure.status
     except KeyboardInterrupt:
-        print(
-            "internal_rl: interrupted; the same command resumes after the last finished phase",
-            file=sys.stderr,
-        )
+        print("internal_rl: interrupted; the same command resumes after the last finished phase", file=sys.stderr)
         return 130
 
 
@@ -1973,12 +1873,7 @@ def run_command(args, argv) -> int:
         entries.append({key: metrics[key] for key in SEED_KEYS if key in metrics})
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
-        summary = {
-            "preset": args.preset,
-            "command": command,
-            "machine": describe_machine(),
-            "versions": versions(),
-        }
+        summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
         write_json(folder / f"{args.env}-{args.preset}.json", {**summary, "seeds": entries})
     return 0
 

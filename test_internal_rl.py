@@ -47,6 +47,7 @@ def generators():
 
 # ---- The rules of the grid -------------------------------------------------------------------------
 
+
 def toy(task=(0, 1), limit=20, **options) -> envs.GridBatch:
     """One episode on this grid. Digits are colours, # a wall, @ the agent:   0 . 1     cells: 0 1 2
     .                                                                         . @ #            3 4 5
@@ -115,6 +116,7 @@ def test_task_tables_are_the_papers():
 
 # ---- The Gymnasium environment ---------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("mode", [None, "ansi", "rgb_array"])
 def test_check_env_has_no_complaint(mode):
     """Gymnasium's own checker passes with every warning turned into an error."""
@@ -179,6 +181,7 @@ def test_rendering():
 
 # ---- The expert, against breadth-first search ------------------------------------------------------
 
+
 def walk(size, cell, action):
     """The cell that an action leads to on an empty grid; the border stops it."""
     row, column = cell // size + (-1, 1, 0, 0)[action], cell % size + (0, 0, -1, 1)[action]
@@ -221,11 +224,12 @@ def expert(count, world=SMALL, **options) -> envs.Episodes:
 def test_expert(world, disturbance):
     """Labels are uniform over shortest-path moves to the goal, whatever disturbs the walk; the walk obeys the rules,
     visits the colours of its task and no other, and ends with the last. `noise` takes other actions than the labels
-    say but keeps the labels clean; `displace` jumps to free cells but keeps every action an expert's. All chance
-    comes from the generator that is passed in: numpy's global one is left alone."""
+    say but keeps the labels clean; `displace` jumps, sometimes onto a colour that is not the goal (which is no visit),
+    but keeps every action an expert's. All chance comes from the generator that is passed in: numpy's global one is
+    left alone."""
     chance = np.random.get_state()[1].copy()
     data = expert(60, world, **({} if disturbance == "none" else {disturbance: 0.2}))
-    jumps = strays = 0
+    jumps = strays = jumps_on_colours = 0
     for i in range(60):
         steps, task, visits = int(data.mask[i].sum()), world.pretrain[data.task[i]], ()
         colours, walls = data.colours[i].tolist(), data.walls[i].tolist()
@@ -241,9 +245,11 @@ def test_expert(world, disturbance):
                 visits += (colours.index(after),)
             if after != data.agent[i, t + 1]:
                 jumps += 1
-                assert data.agent[i, t + 1] not in colours + walls
+                jumps_on_colours += data.agent[i, t + 1] in colours
+                assert data.agent[i, t + 1] not in (*walls, colours[task[len(visits)]])
         assert visits == task and (data.agent[i, steps:] == colours[task[-1]]).all()
     assert (jumps > 0, strays > 0) == (disturbance == "displace", disturbance == "noise")
+    assert (jumps_on_colours > 0) == (disturbance == "displace")
     assert np.array_equal(chance, np.random.get_state()[1])
 
 
@@ -324,6 +330,7 @@ def test_mirrors_are_the_symmetries_of_the_square():
 
 
 # ---- Base model ------------------------------------------------------------------------------------
+
 
 def make_run(**changes) -> ir.Run:
     sizes = {"layers": 3, "dim": 16, "heads": 2, "mlp": 24, "rank": 3, "code_dim": 4, "policy_dim": 16}
@@ -437,6 +444,7 @@ def test_pretraining_loss(block, obs_loss):
 
 
 # ---- Metacontroller --------------------------------------------------------------------------------
+
 
 def make_meta(run):
     """Random weights, with a gate that is open about half of the time."""
@@ -598,6 +606,7 @@ def test_paper_preset_has_the_papers_sizes():
 
 # ---- Rollouts and what is measured on them ---------------------------------------------------------
 
+
 @pytest.fixture
 def players():
     """run, frozen base and metacontroller, policy, all with random weights."""
@@ -623,12 +632,14 @@ def test_rollout_equals_the_whole_sequence(players, memory):
     assert result.steps == result.mask.sum() and len(set(result.mask.sum(axis=1))) > 5
 
 
-def test_code_is_held_between_switches_where_alone_it_is_chosen(players):
+@pytest.mark.parametrize("most", [3, 99])
+def test_code_is_held_between_switches_where_alone_it_is_chosen(players, most):
     """The code of a living episode changes exactly where its gate is open, as it is at the first step. The batch of
-    internal RL has one decision a switch, in order, over several chunks of episodes; computed again on the contracted
-    sequences, the log-probabilities are those of the rollout: the first ratio is 1."""
+    internal RL has one decision a switch, in order, over several chunks of episodes, and at most `most` an episode;
+    computed again on the contracted sequences, the log-probabilities are those of the rollout: the first ratio is
+    1."""
     run, base, meta, policy = players
-    codes = ir.PolicyCodes(policy, generators()[1])
+    codes = ir.PolicyCodes(policy, generators()[1], most)
     pilot = ir.CodePilot(meta, codes)
     steer, held = pilot.steer, torch.zeros(20, 4)
 
@@ -642,7 +653,8 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(players):
     result = ir.rollout(run, base, pilot, 50, *generators(), chunk=20)
     assert result.switched[:, 0].all() and 50 < result.switched.sum() < result.steps
     batch = codes.batch(result.reward)
-    assert np.array_equal(batch.mask.sum(1).numpy(), result.switched.sum(axis=1)) and batch.log_prob.std() > 0.1
+    assert np.array_equal(batch.mask.sum(1).numpy(), result.switched.sum(axis=1).clip(max=most))
+    assert batch.mask.shape[1] <= most and batch.log_prob.std() > 0.1
     log_prob = ir.InternalLearner(run, base, meta, policy).log_prob(batch.inputs, batch.chosen)
     assert torch.allclose(log_prob * batch.mask, batch.log_prob, atol=1e-3)
     loss = ir.policy_loss(log_prob, batch.log_prob, torch.ones(50), batch.mask, 0.2)
@@ -670,6 +682,7 @@ def test_transitions_and_nearness_by_hand():
 
 
 # ---- Reinforcement learning ------------------------------------------------------------------------
+
 
 def test_objective_by_hand():
     """A = (R - mean) / std: one success in four has mean 1/4, standard deviation sqrt(3)/4; no success, all zero.
