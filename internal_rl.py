@@ -89,7 +89,7 @@ class Config:
     init_scale: float = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: int = 1  # the controller acts after this many blocks (paper: layers / 2)
     # phase 1: pretrain
-    pretrain_steps: int = 3000  # (paper: 256,000)
+    pretrain_steps: int = 3400  # (paper: 256,000)
     pretrain_batch: int = 128  # episodes (paper: 1024)
     pretrain_lr: float = 6e-3  # peak, cosine to 0.02 of it (paper: 3e-4 constant)
     pretrain_muon: bool = True  # Muon for the blocks' matrices, AdamW for the rest (paper: AdamW)
@@ -116,11 +116,11 @@ class Config:
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    discover_steps: int = 1000  # (paper: 64,000)
+    discover_steps: int = 1500  # (paper: 64,000)
     discover_batch: int = 64  # (paper: 512)
-    discover_lr: float = 3e-3  # peak, cosine (paper: 1e-3 constant)
+    discover_lr: float = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
-    kl_ramp: tuple[int, ...] = (200, 800)  # alpha grows linearly from 0 between these steps (ours)
+    kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
     hold: int = 0  # in training a code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
     discover_warmup: int = 0  # first steps run with memory = none and hold = 0 (ours)
     gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
@@ -131,7 +131,7 @@ class Config:
     # phase 3: internal RL (paper: App. C.5)
     rl_episodes: int = 240_000  # (paper: up to 100,000 x 1024)
     rl_batch: int = 4096  # episodes per update (paper: 1024)
-    rl_decisions: int = 24  # learn from an episode's first n switches; few lost episodes have more (ours)
+    rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
     rl_epochs: int = 4  # passes over a batch
@@ -148,7 +148,8 @@ PRESETS = {
     "laptop": replace(
         CLASSROOM, world="paper", pretrain_steps=12_000, pretrain_batch=64, pretrain_lr=5e-3,
         forget=(0.0, 0.05, 0.15, 1.0), steer_steps=1500, memory="segment", hold=12, discover_warmup=300,
-        discover_steps=2600, discover_batch=32, kl_weight=0.25, kl_ramp=(500, 1800), rl_episodes=1_000_000,
+        discover_steps=2600, discover_batch=32, discover_lr=3e-3, kl_weight=0.25, kl_ramp=(500, 1800),
+        rl_episodes=300_000,
     ),
     "paper": replace(
         CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
