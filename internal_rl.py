@@ -55,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import envs
 
@@ -1353,6 +1354,11 @@ class RawLearner:
         return Batch(cells, result.actions, result.log_prob, mask, result.reward)
 
     def log_prob(self, inputs, chosen):
+        # Long sequences: recompute the activations in the backward pass, part by part, to save memory.
+        parts = zip(inputs.split(32), chosen.split(32))
+        return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
+
+    def _log_prob(self, inputs, chosen):
         keep = torch.ones(inputs.shape[:2], device=inputs.device)
         log_p = F.log_softmax(self.model(inputs, keep), dim=-1)
         return log_p.gather(-1, chosen[..., None])[..., 0]
