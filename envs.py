@@ -357,18 +357,22 @@ def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator
     return layout, np.concatenate(indices)[:count], np.concatenate(fields)[:count], 1 - kept / drawn
 
 
-def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, chunk=1024):
+def expert_episodes(
+    world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, on_colour=0.0, chunk=1024
+):
     """`count` successful expert trajectories on random solvable layouts -> Episodes, share of unsolvable draws.
 
     With probability `noise` a step takes a random action that ends nothing and closes no way (paper: eps). With
     probability `displace` a step is followed by a jump to a random cell (ours: it shows what to do from
-    places the expert would not pass, and unlike `noise` leaves every action an expert's). The recorded expert
+    places the expert would not pass, and unlike `noise` leaves every action an expert's). With probability
+    `on_colour` an episode starts on a random colour that is not its first goal (ours: every later subgoal starts
+    on a colour, and where an episode starts must not tell where it goes). The recorded expert
     probabilities stay the clean expert's. Episodes over the time limit are drawn again. Worked on in chunks
     that fit the processor's cache.
     """
     parts, unsolvable, made = [], [], 0
     while made < count:
-        part, share = _expert_chunk(world, tasks, min(chunk, count - made), rng, noise, displace)
+        part, share = _expert_chunk(world, tasks, min(chunk, count - made), rng, noise, displace, on_colour)
         parts.append(part)
         unsolvable.append(share)
         made += len(part.task)
@@ -385,13 +389,15 @@ def expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator,
     return Episodes(*(join(name) for name in Episodes._fields)), float(np.mean(unsolvable))
 
 
-def _expert_chunk(world, tasks, count, rng, noise, displace):
+def _expert_chunk(world, tasks, count, rng, noise, displace, on_colour):
     layout, task, field, share = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
     batch = GridBatch(world, layout, (padded[task], lengths[task]))
     neighbour = neighbour_table(world.size)
+    moved = np.flatnonzero(rng.random(count) < on_colour)
+    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng))
     record = {
-        "agent": np.repeat(layout.agent[:, None], world.limit + 1, axis=1),
+        "agent": np.repeat(batch.agent[:, None], world.limit + 1, axis=1),
         "actions": np.zeros((count, world.limit), dtype=np.int64),
         "expert": np.zeros((count, world.limit, 4), dtype=np.float32),
         "goal": np.full((count, world.limit), -1, dtype=np.int64),
@@ -411,7 +417,8 @@ def _expert_chunk(world, tasks, count, rng, noise, displace):
         record["mask"][alive, t] = True
         _, reward, done = batch.step(action)
         if displace > 0:
-            _displace(batch, field, alive, np.flatnonzero(~done & (rng.random(len(done)) < displace)), rng)
+            moved = np.flatnonzero(~done & (rng.random(len(done)) < displace))
+            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)))
         record["agent"][alive, t + 1 :] = batch.agent[:, None]
         success[alive[reward > 0]] = True
         alive = alive[~done]
@@ -435,16 +442,19 @@ def _harmless_actions(batch: GridBatch, field, rows, goal, neighbour) -> np.ndar
     return bump | (field[rows[:, None], goal[:, None], target] < FAR)
 
 
-def _displace(batch: GridBatch, field, rows, chosen, rng: np.random.Generator) -> None:
-    """Put the agents of the `chosen` episodes on a random cell that is no wall and not their goal.
+def _one_of(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One value of each row of (B, K), uniformly."""
+    return values[np.arange(len(values)), rng.integers(values.shape[1], size=len(values))]
 
-    The goal must be within reach. A cell of another colour will do: being put there is no visit.
+
+def _displace(batch: GridBatch, field, rows, chosen, cell) -> None:
+    """Put the agent of each `chosen` episode on its `cell`, where that is no wall, not the goal and not cut off.
+
+    A cell of another colour will do: being put there is no visit.
     """
-    cell = rng.integers(batch.world.size**2, size=len(chosen))
-    goal, around = batch.goal()[chosen], batch._neighbour[cell]
-    reach = field[rows[chosen, None], goal[:, None], around].min(axis=1)
-    allowed = (batch.content[chosen, cell] < batch.world.colours) & (batch.content[chosen, cell] != goal)
-    allowed &= reach < FAR
+    goal, content = batch.goal()[chosen], batch.content[chosen, cell]
+    reach = field[rows[chosen, None], goal[:, None], batch._neighbour[cell]].min(axis=1)
+    allowed = (content < batch.world.colours) & (content != goal) & (reach < FAR)
     batch.agent[chosen[allowed]] = cell[allowed]
 
 

@@ -90,7 +90,7 @@ class Config:
     init_scale: float = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: int = 1  # the controller acts after this many blocks (paper: layers / 2)
     # phase 1: pretrain
-    pretrain_steps: int = 3400  # (paper: 256,000)
+    pretrain_steps: int = 2700  # (paper: 256,000)
     pretrain_batch: int = 128  # episodes (paper: 1024)
     pretrain_lr: float = 6e-3  # peak, cosine to 0.02 of it (paper: 3e-4 constant)
     pretrain_muon: bool = True  # Muon for the blocks' matrices, AdamW for the rest (paper: AdamW)
@@ -99,13 +99,14 @@ class Config:
     soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper)
     displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
-    forget: tuple[float, ...] = (0.0, 0.15, 1.0, 1.0)  # per episode: chance per step to lose all memory (ours)
-    memory: str = "none"  # of the steered base: none | segment (since the last switch) | full (paper)
+    on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
+    forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
+    memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
     rank: int = 16  # of the controller (paper: 16 on the grid)
     centred: bool = True  # U acts on e_t minus its mean, so that it cannot write a constant (ours)
     # check: one controller per ground-truth subgoal
-    steer_steps: int = 800  # (ours)
+    steer_steps: int = 700  # (ours)
     steer_batch: int = 64  # episodes (ours)
     steer_lr: float = 5e-3  # peak, cosine (ours)
     # metacontroller (paper: App. D.2, Table of sizes)
@@ -117,20 +118,20 @@ class Config:
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    discover_steps: int = 1500  # (paper: 64,000)
+    discover_steps: int = 2000  # (paper: 64,000)
     discover_batch: int = 64  # (paper: 512)
     discover_lr: float = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
     hold: int = 0  # in training a code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
-    discover_warmup: int = 0  # first steps run with memory = none and hold = 0 (ours)
+    discover_warmup: int = 1500  # first steps run with memory = none and hold = 0 (ours)
     gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
     # acting with codes: random ones after phase 2, chosen ones in phase 3
     rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
     rl_threshold: float = 0.5  # the gate opens above this (paper)
     random_episodes: int = 65_536  # rollouts of random codes, to measure a success of order 1e-4
     # phase 3: internal RL (paper: App. C.5)
-    rl_episodes: int = 240_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: int = 180_000  # (paper: up to 100,000 x 1024)
     rl_batch: int = 4096  # episodes per update (paper: 1024)
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
@@ -147,8 +148,8 @@ CLASSROOM = Config()
 PRESETS = {
     "classroom": CLASSROOM,
     "laptop": replace(
-        CLASSROOM, world="paper", pretrain_steps=12_000, pretrain_batch=64, pretrain_lr=5e-3,
-        forget=(0.0, 0.05, 0.15, 1.0), steer_steps=1500, memory="segment", hold=12, discover_warmup=300,
+        CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3,
+        steer_steps=1500, hold=12, discover_warmup=300,
         discover_steps=2600, discover_batch=32, discover_lr=3e-3, kl_weight=0.25, kl_ramp=(500, 1800),
         rl_episodes=300_000,
     ),
@@ -156,9 +157,10 @@ PRESETS = {
         CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
         relative_obs=False, init_scale=0.1, control_block=3, centred=False, pretrain_steps=256_000,
         pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
-        displace=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full", discover_steps=64_000,
-        discover_batch=512, discover_lr=1e-3, kl_weight=0.17, kl_ramp=(0, 1), rl_episodes=102_400_000,
-        rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
+        displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
+        discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_warmup=0, kl_weight=0.17,
+        kl_ramp=(0, 1), rl_episodes=102_400_000, rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
+        policy_dim=256, raw_lr=3e-5,
     ),
 }  # fmt: skip
 FAST = {
@@ -179,18 +181,13 @@ def check_config(c: Config) -> None:
             raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
     for f in fields(c):
         value = getattr(c, f.name)
-        may_be_zero = f.name.endswith("_steps") or f.name in (
-            "control_block",
-            "rl_episodes",
-            "hold",
-            "discover_warmup",
-        )
-        least = 0 if may_be_zero else 1
+        may_be_zero = "control_block", "rl_episodes", "hold", "discover_warmup"
+        least = 0 if f.name.endswith("_steps") or f.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise Failure(f"--{f.name}={value}: must be at least {least}")
         if isinstance(value, float) and not 0 <= value < math.inf and f.name != "gate_bias":
             raise Failure(f"--{f.name}={value}: must be a finite number, not negative")
-    for name in ("noise", "displace"):
+    for name in ("noise", "displace", "on_colour"):
         if not 0 <= getattr(c, name) < 1:
             raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1)")
     if not c.forget or not all(0 <= rate <= 1 for rate in c.forget):
@@ -212,8 +209,9 @@ def check_config(c: Config) -> None:
 # Base model (paper: App. C.1, D.1): two causal blocks that can be exchanged
 #
 # Every causal module maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with
-# the state carried along is the step form. keep_t multiplies all that is carried from step t-1 into step t:
-# 1 remembers, 0 makes a fresh start. A state is a tuple of tensors with the batch first.
+# the state carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything,
+# 0 nothing, step t starts afresh as an episode does; -1 nothing either, but the base can tell this from a start.
+# A state is a tuple of tensors with the batch first.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -246,28 +244,31 @@ class HawkMixer(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.inp = nn.Linear(c.dim, 2 * c.dim, bias=False)
+        self.inp = nn.Linear(c.dim, c.dim, bias=False)
+        self.branch = nn.Linear(c.dim, c.dim, bias=False)
         self.taps = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
         self.gates = nn.Linear(c.dim, 2 * c.dim)
+        self.start = nn.Parameter(torch.zeros(c.dim))  # the memory with which an episode starts
         self.decay = nn.Parameter(torch.linspace(0.5, 4.6, c.dim))  # slowest a between 0.02 and 0.92 per step
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
     def initial(self, B: int):
-        zeros = self.decay.new_zeros(B, len(self.decay))
-        return zeros, zeros.clone()  # two tensors: a caller may write into one
+        start = self.start.repeat(B, 1)
+        return start, torch.zeros_like(start)
 
     def forward(self, x, keep, state):
         h0, u0 = state
         keep = keep[..., None]
-        branch, u = self.inp(x).chunk(2, dim=-1)
+        afresh, keep = (1 - keep) * (keep >= 0), keep.clamp_min(0)
+        u = self.inp(x)
         u_before = torch.cat([u0[:, None], u[:, :-1]], dim=1)
         v = self.taps[0] * u + self.taps[1] * keep * u_before
         r, i = torch.sigmoid(self.gates(v)).chunk(2, dim=-1)
-        # a_t = sigmoid(decay)^(8 r_t);  h_t = a_t h_t-1 + sqrt(1 - a_t^2) i_t v_t
+        # a_t = sigmoid(decay)^(8 r_t);  h_t = a_t (keep_t h_t-1 + afresh_t start) + sqrt(1 - a_t^2) i_t v_t
         a = torch.exp(8 * r * F.logsigmoid(self.decay))
         b = torch.sqrt(1 - a * a + 1e-6) * i * v
-        h = LinearRecurrence.apply(keep * a, b, h0)
-        return self.out(F.gelu(branch) * h), (h[:, -1], u[:, -1])
+        h = LinearRecurrence.apply(keep * a, torch.addcmul(b, a, afresh * self.start), h0)
+        return self.out(F.gelu(self.branch(x)) * h), (h[:, -1], u[:, -1])
 
 
 class AttentionMixer(nn.Module):
@@ -314,15 +315,14 @@ class MLP(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.gated = c.gated_mlp
-        self.up = nn.Linear(c.dim, c.mlp * (2 if c.gated_mlp else 1), bias=False)
+        self.up = nn.Linear(c.dim, c.mlp, bias=False)
+        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.gated_mlp else None
         self.down = nn.Linear(c.mlp, c.dim, bias=False)
 
     def forward(self, x):
-        if not self.gated:
+        if self.gate is None:
             return self.down(F.relu(self.up(x)))
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -458,10 +458,8 @@ def shift_right(x):
 
 
 def memory_after(gate, memory: str):
-    """keep (B, T) of the steered base. segment: a switch at t clears what is carried from t into t + 1."""
-    if memory == "segment":
-        return 1 - shift_right(gate)
-    return torch.full_like(gate, float(memory == "full"))
+    """keep (B, T) of the steered base. segment: each switch is a fresh start, as if an episode began there."""
+    return 1 - gate if memory == "segment" else torch.full_like(gate, 1.0 if memory == "full" else -1.0)
 
 
 class Labels(nn.Module):
@@ -624,16 +622,15 @@ class Run:
 class ExpertData:
     """Endless batches of fresh expert trajectories; each batch holds episodes of similar length (less padding)."""
 
-    def __init__(self, run: Run, rng: np.random.Generator, batch: int, noise: float, displace: float):
-        self.world, self.rng, self.batch, self.noise, self.displace = run.world, rng, batch, noise, displace
+    def __init__(self, run: Run, rng: np.random.Generator, batch: int, noise: float = 0.0):
+        self.world, self.rng, self.batch = run.world, rng, batch
+        self.options = noise, run.config.displace, run.config.on_colour
         self.queue: list[envs.Episodes] = []
 
     def next(self) -> envs.Episodes:
         if not self.queue:
             pool = max(self.batch, 4096 // self.batch * self.batch)
-            episodes, _ = envs.expert_episodes(
-                self.world, self.world.pretrain, pool, self.rng, self.noise, self.displace
-            )
+            episodes, _ = envs.expert_episodes(self.world, self.world.pretrain, pool, self.rng, *self.options)
             order = np.argsort(episodes.mask.sum(axis=1), kind="stable").reshape(-1, self.batch)
             self.queue = [episodes.take(order[i]) for i in self.rng.permutation(len(order))]
         return self.queue.pop()
@@ -717,7 +714,7 @@ def random_memory(c: Config, shape, generator):
     rates = torch.tensor(c.forget, device=device)[
         torch.randint(len(c.forget), (B, 1), generator=generator, device=device)
     ]
-    return (torch.rand(B, T, generator=generator, device=device) >= rates).float()
+    return 1 - 2 * (torch.rand(B, T, generator=generator, device=device) < rates).float()
 
 
 def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep, keep_lower):
@@ -741,7 +738,7 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
     c = run.config
     rng, generator = run.start("pretrain")
     base = BaseModel(c).to(run.device)
-    data = ExpertData(run, rng, c.pretrain_batch, c.noise, c.displace)
+    data = ExpertData(run, rng, c.pretrain_batch, c.noise)
     test = held_out(run)
     floor = bayes_floor(run.world, test)
     optimisers, schedulers = make_optimisers(c, base, c.pretrain_lr, c.pretrain_steps)
@@ -750,7 +747,7 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
         keep = random_memory(c, episodes.mask.shape, generator)
         # The controller will sit on a lower part without memory, so a third of the episodes trains that.
         blind = torch.rand(len(keep), 1, generator=generator, device=run.device) < 0.3
-        keep_lower = keep * ~blind if c.memory != "full" else keep
+        keep_lower = keep.masked_fill(blind, -1) if c.memory != "full" else keep
         loss, stats = pretrain_loss(run, base, episodes, keep, keep_lower)
         length = episodes.mask.sum() / len(episodes.mask)
         update(base, loss / length, optimisers, schedulers)
@@ -767,7 +764,7 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
 
 @torch.no_grad()
 def base_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep: float) -> float:
-    """Nats per episode of the base left alone, with full memory (keep=1) or none (keep=0)."""
+    """Nats per episode of the base left alone, with full memory (keep=1) or none (keep=-1)."""
     total = 0.0
     for part in np.array_split(np.arange(len(episodes.mask)), max(1, len(episodes.mask) // 256)):
         chunk = episodes.take(part)
@@ -825,7 +822,7 @@ def probe(run: Run, base: BaseModel) -> list[float]:
 @torch.no_grad()
 def lower_residual(run: Run, base: BaseModel, cells):
     """The residual that is controlled, (B, T, D): the lower blocks have memory only where memory = full."""
-    keep = torch.full(cells.shape[:2], float(run.config.memory == "full"), device=run.device)
+    keep = torch.full(cells.shape[:2], 1.0 if run.config.memory == "full" else -1.0, device=run.device)
     return base.lower(cells, keep)[0]
 
 
@@ -842,7 +839,7 @@ def steer(run: Run, base: BaseModel) -> tuple[Labels, dict]:
     c = run.config
     rng, generator = run.start("steer")
     labels = Labels(c, mean_residual(run, base), len(run.world.subgoals)).to(run.device)
-    data = ExpertData(run, rng, c.steer_batch, 0.0, c.displace)
+    data = ExpertData(run, rng, c.steer_batch)
     optimiser, scheduler = adamw(labels, c.steer_lr, c.steer_steps)
     for step in range(1, c.steer_steps + 1):
         episodes = data.next()
@@ -1019,15 +1016,15 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
     cells = np.zeros((B, T if record else 0, run.world.objects), dtype=np.int64)
     actions = torch.zeros(B, T, dtype=torch.long, device=run.device)
     log_prob, reward = torch.zeros(B, T, device=run.device), torch.zeros(B, device=run.device)
-    alive, state, gate_before = np.arange(B), base.initial(B), torch.zeros(B, device=run.device)
+    alive, state = np.arange(B), base.initial(B)
     pilot.begin(B, run)
     for t in range(T):
         seen = batch.cells()
         rows = run.tensor(alive)
-        keep_lower = torch.full((len(alive), 1), float(pilot.memory == "full"), device=run.device)
+        keep_lower = torch.full((len(alive), 1), 1.0 if pilot.memory == "full" else -1.0, device=run.device)
         residual, state = base.lower(run.tensor(seen)[:, None], keep_lower, state)
         controlled, opened = pilot.steer(residual[:, 0], batch, alive)
-        keep = (1 - gate_before)[:, None] if pilot.memory == "segment" else keep_lower
+        keep = (1 - opened)[:, None] if pilot.memory == "segment" else keep_lower
         logits, state = base.upper(controlled[:, None], keep, state)
         log_p = F.log_softmax(logits[:, 0] / temperature, dim=-1)
         if not log_p.isfinite().all():
@@ -1039,12 +1036,10 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
             cells[alive, t] = seen
         actions[rows, t], log_prob[rows, t] = action[:, 0], log_p.gather(1, action)[:, 0]
         reward[rows] += run.tensor(gain)
-        gate_before = opened
         if done.any():  # drop the dead
             alive, kept = alive[~done], run.tensor(~done)
             batch.select(~done)
             pilot.select(kept)
-            gate_before = gate_before[kept]
             state = [tuple(part[kept] for part in block) for block in state]
         if not len(alive):
             break
@@ -1116,7 +1111,7 @@ def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
     c = run.config
     rng, generator = run.start("discover")
     meta = Metacontroller(c, mean_residual(run, base)).to(run.device)
-    data = ExpertData(run, rng, c.discover_batch, 0.0, c.displace)
+    data = ExpertData(run, rng, c.discover_batch)
     optimiser, scheduler = adamw(meta, c.discover_lr, c.discover_steps)
     first, last = c.kl_ramp
     for step in range(1, c.discover_steps + 1):

@@ -220,19 +220,21 @@ def expert(count, world=SMALL, **options) -> envs.Episodes:
 
 
 @WORLDS
-@pytest.mark.parametrize("disturbance", ["none", "noise", "displace"])
+@pytest.mark.parametrize("disturbance", ["none", "noise", "displace", "on_colour"])
 def test_expert(world, disturbance):
     """Labels are uniform over shortest-path moves to the goal, whatever disturbs the walk; the walk obeys the rules,
     visits the colours of its task and no other, and ends with the last. `noise` takes other actions than the labels
     say but keeps the labels clean; `displace` jumps, sometimes onto a colour that is not the goal (which is no visit),
-    but keeps every action an expert's. All chance comes from the generator that is passed in: numpy's global one is
-    left alone."""
+    but keeps every action an expert's; `on_colour` starts on a colour that is not the first goal. All chance comes
+    from the generator that is passed in: numpy's global one is left alone."""
     chance = np.random.get_state()[1].copy()
     data = expert(60, world, **({} if disturbance == "none" else {disturbance: 0.2}))
-    jumps = strays = jumps_on_colours = 0
+    jumps = strays = jumps_on_colours = starts_on_colours = 0
     for i in range(60):
         steps, task, visits = int(data.mask[i].sum()), world.pretrain[data.task[i]], ()
         colours, walls = data.colours[i].tolist(), data.walls[i].tolist()
+        starts_on_colours += data.agent[i, 0] in colours
+        assert data.agent[i, 0] not in (*walls, colours[task[0]])
         assert data.mask[i, :steps].all() and (data.goal[i, steps:] == -1).all() and not data.expert[i, steps:].any()
         for t in range(steps):
             cell, action, goal = data.agent[i, t], data.actions[i, t], task[len(visits)]
@@ -249,7 +251,7 @@ def test_expert(world, disturbance):
                 assert data.agent[i, t + 1] not in (*walls, colours[task[len(visits)]])
         assert visits == task and (data.agent[i, steps:] == colours[task[-1]]).all()
     assert (jumps > 0, strays > 0) == (disturbance == "displace", disturbance == "noise")
-    assert (jumps_on_colours > 0) == (disturbance == "displace")
+    assert (jumps_on_colours > 0, starts_on_colours > 0) == (disturbance == "displace", disturbance == "on_colour")
     assert np.array_equal(chance, np.random.get_state()[1])
 
 
@@ -372,8 +374,9 @@ def test_linear_recurrence_gradient():
 @BLOCKS
 @pytest.mark.parametrize("kind", ["0 or 1", "fractional"])
 def test_block_parallel_equals_step_form(block, kind):
-    """A block run on 9 steps at once equals the block fed 1, 1, 3, 1, 2, 1 steps with its state carried along. From a
-    step with keep = 0 on, but not from one with keep = 1 on, it is a fresh start."""
+    """A block run on 9 steps at once equals the block fed 1, 1, 3, 1, 2, 1 steps with its state carried along. A
+    step with keep = 0 is a fresh start, one with keep = 1 remembers, one with keep = -1 does not remember either, but
+    in Hawk is no start."""
     module = wake(ir.Block(make_run(block=block).config)).double()
     x, keep, state = torch.randn(3, 9, 16).double(), torch.rand(3, 9).double(), module.mixer.initial(3)
     keep = keep.round() if kind == "0 or 1" else keep
@@ -383,10 +386,12 @@ def test_block_parallel_equals_step_form(block, kind):
         outputs.append(y)
     assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-9)
     fresh = module(x[:, 4:], keep[:, 4:], module.mixer.initial(3))[0]
-    for value in (0, 1):
+    past = torch.cat([-x[:, :4], x[:, 4:]], dim=1)
+    for value in (0, 1, -1):
         keep[:, 4] = value
-        after = module(x, keep, module.mixer.initial(3))[0][:, 4:]
-        assert torch.allclose(after, fresh, atol=1e-3) == (value == 0)
+        after, other = (module(seen, keep, module.mixer.initial(3))[0][:, 4:] for seen in (x, past))
+        assert torch.allclose(after, fresh, atol=1e-3) == (value == 0 or (value, block) == (-1, "transformer"))
+        assert torch.allclose(after, other, atol=1e-3) == (value < 1)
 
 
 @BLOCKS
@@ -492,10 +497,10 @@ def test_temporal_integration_algebra(gates, hold, opened, codes):
 
 
 def test_memory_after_a_switch():
-    """segment: what is carried from a switching step into the next is cleared; none clears always, full never."""
+    """segment: nothing is carried from before into a switching step; none clears always, full never."""
     gate = torch.tensor([[1.0, 0, 0, 1, 0], [1, 1, 0, 0.25, 0]])
-    assert ir.memory_after(gate, "segment").tolist() == [[1, 0, 1, 1, 0], [1, 0, 0, 1, 0.75]]
-    assert not ir.memory_after(gate, "none").any() and ir.memory_after(gate, "full").all()
+    assert ir.memory_after(gate, "segment").tolist() == [[0, 1, 1, 0, 1], [0, 0, 1, 0.75, 1]]
+    assert (ir.memory_after(gate, "none") == -1).all() and (ir.memory_after(gate, "full") == 1).all()
 
 
 @SUMMARIES
