@@ -32,8 +32,8 @@ Glossary (B episodes, T steps, D width of the residual stream, Z size of a code,
 
 Simplified or changed on purpose (README, "Departures from the paper", has the ablations): observations are
 written relative to the agent; the base's targets are the expert's action probabilities; the encoder reads a
-*mirrored* copy of the episode; the base forgets what it saw; the summary is read backwards instead of being one
-vector; the control is centred and sits early in the network.
+*mirrored* copy of the episode; a switch gives the base a fresh start; the summary is read backwards instead of
+being one vector; the control is centred and sits early in the network.
 """
 
 from __future__ import annotations
@@ -123,8 +123,9 @@ class Config:
     discover_lr: float = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
-    hold: int = 0  # in training a code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
-    discover_warmup: int = 1500  # first steps run with memory = none and hold = 0 (ours)
+    discover_blind: int = 1500  # first steps of phase 2, in which the base has no memory at all (ours)
+    discover_held: int = 2000  # until here the gate does not learn from memory, and codes are held (ours)
+    hold: int = 0  # a held code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
     gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
     # acting with codes: random ones after phase 2, chosen ones in phase 3
     rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
@@ -148,25 +149,25 @@ CLASSROOM = Config()
 PRESETS = {
     "classroom": CLASSROOM,
     "laptop": replace(
-        CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3,
-        steer_steps=1500, hold=12, discover_warmup=300,
-        discover_steps=2600, discover_batch=32, discover_lr=3e-3, kl_weight=0.25, kl_ramp=(500, 1800),
-        rl_episodes=300_000,
+        CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
+        discover_blind=800, discover_held=1300, hold=12, discover_steps=3400, discover_batch=32, discover_lr=3e-3,
+        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000,
     ),
     "paper": replace(
         CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
         relative_obs=False, init_scale=0.1, control_block=3, centred=False, pretrain_steps=256_000,
         pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
         displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
-        discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_warmup=0, kl_weight=0.17,
+        discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_blind=0, discover_held=0,
+        kl_weight=0.17,
         kl_ramp=(0, 1), rl_episodes=102_400_000, rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
         policy_dim=256, raw_lr=3e-5,
     ),
 }  # fmt: skip
 FAST = {
     "pretrain_steps": 30, "pretrain_batch": 32, "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
-    "kl_ramp": (5, 10), "rl_episodes": 512, "rl_batch": 256, "eval_episodes": 64, "random_episodes": 256,
-    "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
+    "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 512, "rl_batch": 256,
+    "eval_episodes": 64, "random_episodes": 256, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
 }  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def check_config(c: Config) -> None:
             raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
     for f in fields(c):
         value = getattr(c, f.name)
-        may_be_zero = "control_block", "rl_episodes", "hold", "discover_warmup"
+        may_be_zero = "control_block", "rl_episodes", "hold", "discover_blind", "discover_held"
         least = 0 if f.name.endswith("_steps") or f.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise Failure(f"--{f.name}={value}: must be at least {least}")
@@ -1082,12 +1083,14 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
 
 
 def discovery_loss(
-    run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, warmup
+    run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, stage
 ):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     The KL is charged at every step and is not multiplied by the gate. Gradients flow through the frozen upper
-    blocks, but not into what the base remembers: or the gate would learn to stay shut just to keep memory.
+    blocks. stage: "free" is the paper's loss; "held", codes serve a minimal time and no gradient reaches the gate
+    through what the base remembers, or it would stay shut to keep memory before there are codes worth switching
+    to; "blind", the base has no memory at all, so that the code must say everything.
     """
     c = run.config
     mask = run.tensor(episodes.mask)
@@ -1095,10 +1098,10 @@ def discovery_loss(
     mean, log_std = posterior(run, base, meta, episodes, generator)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     hold = None
-    if c.hold and not warmup:
+    if c.hold and stage == "held":
         hold = torch.randint(c.hold + 1, (len(mask),), generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hold)
-    keep = memory_after(gate.detach(), "none" if warmup else c.memory)
+    keep = memory_after(gate if stage == "free" else gate.detach(), "none" if stage == "blind" else c.memory)
     logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
     nll = action_nll(logits, episodes, run, c.soft_targets).sum(1).mean()
     kl = (code_kl(mean, log_std) * mask).sum(1).mean()
@@ -1117,7 +1120,8 @@ def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
     for step in range(1, c.discover_steps + 1):
         episodes = data.next()
         kl_weight = c.kl_weight * min(1.0, max(0.0, (step - first) / (last - first)))
-        loss, stats = discovery_loss(run, base, meta, episodes, generator, kl_weight, step <= c.discover_warmup)
+        stage = "blind" if step <= c.discover_blind else "held" if step <= c.discover_held else "free"
+        loss, stats = discovery_loss(run, base, meta, episodes, generator, kl_weight, stage)
         update(meta, loss / 10, [optimiser], [scheduler])
         if step % 50 == 0 or step == c.discover_steps:
             stats["excess"] = stats.pop("nll") - expert_entropy(episodes)
@@ -1688,7 +1692,7 @@ def benchmark(device: torch.device) -> dict:
     optimiser, scheduler = adamw(meta, c.discover_lr, 100)
 
     def discover_step():
-        update(meta, discovery_loss(run, base, meta, episodes, generator, 0.1, False)[0], [optimiser], [scheduler])
+        update(meta, discovery_loss(run, base, meta, episodes, generator, 0.1, "free")[0], [optimiser], [scheduler])
 
     out["discover_step_seconds"] = seconds_per_call(discover_step, 5)
     out["discover_over_pretrain"] = out["discover_step_seconds"] / out["pretrain_step_seconds"]

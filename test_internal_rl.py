@@ -543,23 +543,33 @@ def test_gaussians_equal_torch_distributions():
     assert torch.allclose(ir.gaussian_log_prob(x, mean, log_std), normal.log_prob(x).sum(-1), atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"memory": "segment", "hold": 2},
-    {"memory": "full", "summary": "whole", "mirror": False, "block": "transformer", "soft_targets": False},
-], ids=["classroom", "laptop", "paper"])  # fmt: skip
-def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes):
+@pytest.mark.parametrize("stage, changes", [
+    ("blind", {}), ("held", {"hold": 2}), ("free", {}),
+    ("free", {"memory": "full", "summary": "whole", "mirror": False, "block": "transformer", "soft_targets": False}),
+], ids=["blind", "held", "free", "paper"])  # fmt: skip
+def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(stage, changes):
     """The action loss alone (no KL) gives every metacontroller parameter a gradient through the frozen base, which
     gets none and is the same to the last bit after an update."""
     run, generator = make_run(**changes), generators()[1]
     base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config, torch.zeros(16))
     wake(meta.decoder)  # its first half starts at zero, and without control no gradient gets past it
     base_before, meta_before = ({k: v.clone() for k, v in model.state_dict().items()} for model in (base, meta))
-    ir.discovery_loss(run, base, meta, expert(12), generator, 0.0, False)[0].backward()
+    ir.discovery_loss(run, base, meta, expert(12), generator, 0.0, stage)[0].backward()
     assert without_gradient(meta) == set() and all(p.grad is None for p in base.parameters())
-    loss, _ = ir.discovery_loss(run, base, meta, expert(12), generator, 0.1, False)
+    loss, _ = ir.discovery_loss(run, base, meta, expert(12), generator, 0.1, stage)
     ir.update(meta, loss, *([x] for x in ir.adamw(meta, 1e-2, 10)))
     assert all(torch.equal(base_before[k], v) for k, v in base.state_dict().items())
     assert {k for k, v in meta.state_dict().items() if torch.equal(meta_before[k], v)} == {"mean"}
+
+
+@pytest.mark.parametrize("stage, learns", [("blind", False), ("held", False), ("free", True)])
+def test_gate_learns_from_memory_only_when_free(stage, learns):
+    """Where the code does nothing (no control yet), a gradient can reach the gate through the base's memory alone."""
+    run = make_run()
+    base, meta = wake(ir.BaseModel(run.config)).requires_grad_(False), ir.Metacontroller(run.config, torch.zeros(16))
+    ir.discovery_loss(run, base, meta, expert(12), generators()[1], 0.0, stage)[0].backward()
+    gradient = meta.switch[2].bias.grad
+    assert (gradient is not None and gradient.abs().item() > 1e-6) == learns
 
 
 @SUMMARIES
@@ -569,7 +579,7 @@ def test_padding_changes_no_discovery_loss(summary):
     base, meta, stats = ir.BaseModel(run.config), make_meta(run), []
     meta.encoder[2].bias.data[4:] -= 30  # codes without sampling noise, whose draws depend on the shape
     for episodes in cut_and_padded():
-        stats.append(ir.discovery_loss(run, base, meta, episodes, generators()[1], 0.1, False)[1])
+        stats.append(ir.discovery_loss(run, base, meta, episodes, generators()[1], 0.1, "held")[1])
     assert stats[0] == pytest.approx(stats[1], rel=1e-5)
 
 
@@ -604,7 +614,7 @@ def test_paper_preset_has_the_papers_sizes():
     keep = torch.ones(episodes.mask.shape)
     loss, _ = ir.pretrain_loss(run, base, episodes, keep, keep)
     ir.update(base, loss, *ir.make_optimisers(c, base, c.pretrain_lr, 10))
-    loss, _ = ir.discovery_loss(run, base.requires_grad_(False), meta, episodes, generators()[1], c.kl_weight, False)
+    loss, _ = ir.discovery_loss(run, base.requires_grad_(False), meta, episodes, generators()[1], c.kl_weight, "free")
     ir.update(meta, loss, *([x] for x in ir.adamw(meta, c.discover_lr, 10)))
     assert all(p.isfinite().all() for p in (loss, *base.parameters(), *meta.parameters()))
 
