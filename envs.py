@@ -1,12 +1,14 @@
 """Pinpad tasks: visit coloured cells in a hidden order, one reward at the very end.
 
-This file holds the grid task of the paper (arXiv 2512.20605, App. A): its rules, its task tables, its
-dynamic-programming expert and the Bayes-optimal predictor of that expert. Everything is written once, for a
-batch of episodes, in numpy (`GridBatch`); the Gymnasium environment `InternalRL/GridPinpad-v0` is its B=1 view.
+This file holds the tasks of the paper (arXiv 2512.20605, App. A): rules, task tables and experts of the grid, then of
+the ant. Everything is written once, for a batch of episodes, in numpy (`GridBatch`, `AntBatch`); the Gymnasium
+environments `InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are their B=1 views. The grid also has the
+Bayes-optimal predictor of its expert.
 
     import gymnasium, envs
     env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 post-training task
     env = gymnasium.make("InternalRL/GridPinpad-v0", size=5, colours=4, walls=2, task=(0, 2, 1))
+    env = gymnasium.make("InternalRL/AntPinpad-v0")            # the paper's ant, post-training task
 
 Conventions: a cell is one number, row * size + column, row 0 on top. Actions: 0 up, 1 down, 2 left, 3 right.
 B episodes, T steps, G the grid's size, O colours, W walls, L visits in the longest task.
@@ -14,7 +16,9 @@ B episodes, T steps, G the grid's size, O colours, W walls, L visits in the long
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -112,6 +116,8 @@ TASK_SETS = {
     # A small grid of the same kind: the paper's ant tasks (Table A2), single colours as subgoals.
     "small": TaskSet(5, 4, 1, 100, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
 }
+# The paper's ant (App. A, Table A2). No subgoal transition of the post-training task is in Table A2.
+ANT = TaskSet(4, 4, 1, 500, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -598,14 +604,19 @@ def grid_text(world: TaskSet, content: np.ndarray, agent: int) -> str:
     return "\n".join(" ".join(row) for row in marks.reshape(world.size, world.size)) + "\n"
 
 
-def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 24) -> np.ndarray:
-    """An RGB picture (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
+def cell_picture(world: TaskSet, content: np.ndarray, scale: int) -> np.ndarray:
+    """The colours and dark walls as an RGB picture, (G*scale, G*scale, 3) uint8."""
     palette = np.concatenate([
         COLOURS[np.arange(world.colours) % len(COLOURS)],
         np.full((world.walls, 3), 70, dtype=np.uint8),
         np.full((1, 3), 245, dtype=np.uint8),
     ])  # fmt: skip
-    picture = palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+    return palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 24) -> np.ndarray:
+    """An RGB picture (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
+    picture = cell_picture(world, content, scale)
     row, column = divmod(agent, world.size)
     inset = scale // 4
     picture[row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset] = 0
@@ -613,3 +624,415 @@ def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 2
 
 
 gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Ant pinpad: physics and rules, written once, for a batch of episodes
+# ----------------------------------------------------------------------------------------------------
+#
+# The world is G x G cells of ANT_CELL metres around the origin, x to the right, y up: row 0 has the largest y.
+# A state is MuJoCo's: time, position (x y z, quaternion w x y z, hip and ankle of legs 1 to 4), velocity (the same
+# but for the quaternion: 3 turning rates). Torques are in MuJoCo's order, leg 4 first: hip_4, ankle_4, hip_1, ...
+
+ANT_CELL = 1.25  # metres; ours: it makes a colour about as many steps as in the paper's Fig. 6
+ANT_SUBSTEPS = 5  # of 0.01 s; ours, Gymnasium's ant
+ANT_HEIGHT = (0.2, 1.0)  # of the torso; outside, the episode ends
+ANT_LARGEST = 200.0  # m, rad, m/s or rad/s: beyond, the simulation has diverged (random torques reach about 20)
+XY, HEIGHT, QUATERNION, JOINTS, JOINT_RATES = slice(1, 3), 3, slice(4, 8), slice(8, 16), slice(22, 30)  # in the state
+STANDING = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)  # ant.xml's init_qpos; all joints at 0: 86 % fall
+
+
+@functools.cache
+def ant_physics(threads: int):
+    """The model, a scratch MjData per thread and their pool, built once per process."""
+    import mujoco  # here, because the grid does not need it
+    import mujoco.rollout
+
+    model = mujoco.MjModel.from_xml_path(str(Path(gym.__file__).parent / "envs/mujoco/assets/ant.xml"))
+    model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST  # 4 times the speed of the file's RK4
+    # MuJoCo would silently put an ant that diverges back to the origin; we want to see it.
+    model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET
+    pool = mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0)
+    return model, [mujoco.MjData(model) for _ in range(threads)], pool
+
+
+def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np.ndarray:
+    """One control step: state (B, 30), torques (B, 8), clipped to [-1, 1] -> state (B, 30)."""
+    model, scratch, pool = ant_physics(threads)
+    states, _ = pool.rollout(model, scratch, state, torques[:, None].astype(float), nstep=ANT_SUBSTEPS)
+    return states[:, -1]
+
+
+def cell_centres(size: int) -> np.ndarray:
+    """x and y of the centre of every cell, (G*G, 2)."""
+    row, column = np.divmod(np.arange(size * size), size)
+    return ANT_CELL * np.stack([column - (size - 1) / 2, (size - 1) / 2 - row], axis=1)
+
+
+def symlog(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.log1p(np.abs(x))
+
+
+def ant_slices(world: TaskSet) -> dict[str, slice]:
+    """Where each part of the observation lies; `AntPinpad` says what the parts are."""
+    things = 2 * (world.colours + world.walls)
+    sizes = {"height": 1, "orientation": 4, "joints": 8, "velocity": 14, "xy": 2, "things": things, "local": 2}
+    ends = np.cumsum([0, *sizes.values()]).tolist()
+    return {name: slice(start, end) for name, start, end in zip(sizes, ends[:-1], ends[1:])}
+
+
+class AntBatch:
+    """B episodes of ant pinpad that step together. Finished ones are dropped with `select`.
+
+    Arguments as of `GridBatch`; rng draws the start poses: anywhere in the cell, any yaw, joint angles and rates
+    within 0.1 of standing still. Starting on a colour is no visit, but `sample_layouts` starts on a free cell.
+    An episode ends as on the grid, and when the torso enters a wall cell or is too low or too high; also when the
+    simulation diverges or a torque is not finite, which `diverged` counts. `roam` keeps these last ends. What the
+    paper leaves open: beyond the grid everything belongs to the nearest cell, so that the border ends nothing, as on
+    the grid; nor does lying upside down, which the height does not show (see `upright`).
+    threads: for the simulation; no result depends on it.
+    """
+
+    def __init__(self, world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):
+        self.world, self.roam, self.threads = world, roam, threads
+        self.colours, self.walls = layout.colours, layout.walls
+        self.tasks, self.lengths = tasks if isinstance(tasks, tuple) else pad_tasks(tasks)
+        B = len(layout.agent)
+        self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
+        self.time = np.zeros(B, dtype=np.int64)
+        self.cell = layout.agent.copy()  # of the torso
+        # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
+        self.content = np.full((B, world.size**2), -1, dtype=np.int64)
+        self._things = np.concatenate([self.colours, self.walls], axis=1)
+        np.put_along_axis(self.content, self._things, np.arange(self._things.shape[1])[None], axis=1)
+        self.diverged = 0  # episodes so far that ended because the simulation did
+        self._rows = np.arange(B)
+        self._centres = cell_centres(world.size)
+        self._half = world.size * ANT_CELL / 2
+        self.state = self._standing(self.cell)  # (B, 30)
+        self.state[:, XY] += rng.uniform(-ANT_CELL / 2, ANT_CELL / 2, (B, 2))
+        yaw = rng.uniform(-np.pi, np.pi, B)
+        self.state[:, 4], self.state[:, 7] = np.cos(yaw / 2), np.sin(yaw / 2)
+        self.state[:, JOINTS] += rng.uniform(-0.1, 0.1, (B, 8))
+        self.state[:, JOINT_RATES] = rng.uniform(-0.1, 0.1, (B, 8))
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    def _standing(self, cell: np.ndarray) -> np.ndarray:
+        """The state of standing still at the centre of these cells."""
+        state = np.zeros((len(cell), 30))
+        state[:, 1:16] = STANDING
+        state[:, XY] = self._centres[cell]
+        return state
+
+    def step(self, actions: np.ndarray):
+        """torques (B, 8), clipped to [-1, 1] -> visited colour or -1 (B,), reward (B,), done (B,)."""
+        sane = np.isfinite(actions).all(axis=1)
+        self.state = ant_simulate(self.state, np.where(sane[:, None], actions, 0), self.threads)
+        sane &= (np.abs(self.state[:, 1:]) < ANT_LARGEST).all(axis=1)  # also False where it is not finite
+        self.diverged += int((~sane).sum())
+        self.state[~sane] = self._standing(self.cell[~sane])
+        target = self._cell_of(self.state[:, XY])
+        content = np.where(target != self.cell, self.content[self._rows, target], -1)
+        self.cell = target
+        visited = np.where(content < self.world.colours, content, -1)
+        self.time += 1
+        lowest, highest = ANT_HEIGHT
+        fallen = (self.state[:, HEIGHT] < lowest) | (self.state[:, HEIGHT] > highest)
+        failed = ~sane | fallen | (content >= self.world.colours)
+        if self.roam:
+            return visited, np.zeros(len(self), dtype=np.float32), failed | (self.time >= self.world.limit)
+        correct = (visited >= 0) & (visited == self.goal()) & ~failed
+        self.stage += correct
+        solved = self.stage == self.lengths
+        wrong = (visited >= 0) & ~correct
+        done = solved | wrong | failed | (self.time >= self.world.limit)
+        return visited, solved.astype(np.float32), done
+
+    def _cell_of(self, xy: np.ndarray) -> np.ndarray:
+        """The cell of a place, or the nearest one off the grid, (B, 2) -> (B,)."""
+        column, row = np.clip((self._half + xy * (1, -1)) // ANT_CELL, 0, self.world.size - 1).astype(np.int64).T
+        return row * self.world.size + column
+
+    def upright(self) -> np.ndarray:
+        """Whether the torso's own z axis points up, (B,). For evaluation only."""
+        return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
+
+    def goal(self) -> np.ndarray:
+        """The colour to visit next, -1 once solved, (B,). Hidden from the agent."""
+        return self.tasks[self._rows, self.stage]
+
+    def subgoal(self) -> np.ndarray:
+        """Index of the current subgoal, -1 once solved, (B,). For evaluation only."""
+        index = np.append(self.world.subgoal_of_colour(), -1)
+        return index[self.goal()]
+
+    def select(self, index: np.ndarray) -> None:
+        """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
+        for name in ("colours", "walls", "cell", "tasks", "lengths", "stage", "time", "content", "state", "_things"):
+            setattr(self, name, getattr(self, name)[index])
+        self._rows = np.arange(len(self.cell))
+
+    def observe(self) -> np.ndarray:
+        """The paper's observation, (B, 31 + 2 (O + W)) float32: the parts of `ant_slices`, in that order."""
+        xy = self.state[:, XY]
+        things = self._centres[self._things] - xy[:, None]  # (B, O + W, 2)
+        local = xy - self._centres[self.cell]
+        parts = [symlog(self.state[:, HEIGHT:]), xy / self._half, things.reshape(len(self), -1) / self._half]
+        return np.concatenate([*parts, local / (ANT_CELL / 2)], axis=1).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The ant's expert (scripted) and its trajectories
+# ----------------------------------------------------------------------------------------------------
+
+LEG_AZIMUTH = np.pi / 4 + np.pi / 2 * np.arange(4)  # of legs 1 to 4, seen from the torso
+ANKLE_SIGN = np.array([1, -1, -1, 1])  # ant.xml bends these ankles to this side
+DIAGONAL = np.array([1, -1, 1, -1])  # a trot: legs 1 and 3 against legs 2 and 4
+
+
+def yaw_of(state: np.ndarray) -> np.ndarray:
+    """Where the torso's x axis points, seen from above, (..., 30) -> (...)."""
+    w, x, y, z = np.moveaxis(state[..., QUATERNION], -1, 0)
+    return np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+
+
+def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """A clock-free trot: state (B, 30), direction of travel (B,) in radians -> torques (B, 8) in [-1, 1].
+
+    The phase is read from the ankles: theta = atan2(-sum, -rate of the sum / w0) + delta over the alternating sum
+    of their angles. Each leg swings along the direction and lifts in the other half of its turn:
+    hip -> -A cos(theta) tangential, ankle -> 1 - L sin(theta) + B cos(theta) radial, by a PD controller.
+    The numbers were searched for and have sharp edges (kp 1.6 instead of 1.1 halves the success).
+    """
+    A, B, L, kp, kd, delta, w0 = 0.20, 0.35, 0.24, 1.1, 0.135, 2.45, 15.0
+    hip, ankle = state[:, JOINTS].reshape(-1, 4, 2).transpose(2, 0, 1)  # (B, 4), legs 1 to 4
+    hip_rate, ankle_rate = state[:, JOINT_RATES].reshape(-1, 4, 2).transpose(2, 0, 1)
+    ankle, ankle_rate = ankle * ANKLE_SIGN, ankle_rate * ANKLE_SIGN
+    angle = LEG_AZIMUTH + (yaw_of(state) - direction)[:, None]
+    radial, tangential = np.cos(angle), -np.sin(angle)
+    theta = np.arctan2(-(ankle * DIAGONAL).sum(axis=1), -(ankle_rate * DIAGONAL).sum(axis=1) / w0) + delta
+    c, s = DIAGONAL * np.cos(theta)[:, None], DIAGONAL * np.sin(theta)[:, None]
+    hip_torque = kp * (-A * c * tangential - hip) - kd * hip_rate
+    ankle_torque = ANKLE_SIGN * (kp * (1 - L * s + B * c * radial - ankle) - kd * ankle_rate)
+    legs = np.stack([hip_torque, ankle_torque], axis=-1)[:, [3, 0, 1, 2]]  # MuJoCo's actuators start with leg 4
+    return legs.reshape(-1, 8).clip(-1, 1)
+
+
+def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The next cell on a shortest path from every cell to every colour, one of them at random, (B, O, G*G).
+
+    field (B, O, G*G) as of `distance_fields`. Drawn once per episode: an expert that changes its mind would dither.
+    Where there is no way the next cell is the cell itself.
+    """
+    B, O, cells = field.shape
+    neighbour = neighbour_table(round(cells**0.5))
+    episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
+    best = shortest_actions(field, episode, colour, cell, neighbour)
+    target = np.where(best.any(axis=1), neighbour[cell, _choose(best, rng)], cell)
+    return target.reshape(B, O, cells)
+
+
+def ant_expert(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Torques (B, 8) towards the centre of the next cell. route (., O, G*G); rows (B,): the route of each episode."""
+    target = batch._centres[route[rows, batch.goal(), batch.cell]]
+    dx, dy = (target - batch.state[:, XY]).T
+    return trot(batch.state, np.arctan2(dy, dx))
+
+
+class AntEpisodes(NamedTuple):
+    """N expert trajectories, padded to T steps."""
+
+    obs: np.ndarray  # (N, T + 1, F) float32, the last one included; 0 in the padding
+    actions: np.ndarray  # (N, T, 8) float32, the clean expert's torques; 0 in the padding
+    goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
+    mask: np.ndarray  # (N, T) True on real steps
+    task: np.ndarray  # (N,) index into the list of tasks
+    colours: np.ndarray  # (N, O) cells
+    walls: np.ndarray  # (N, W) cells
+
+    def lengths(self) -> np.ndarray:
+        """Steps of each episode, (N,): also the place of its last observation in `obs`."""
+        return self.mask.sum(axis=1)
+
+    def xy(self, world: TaskSet) -> np.ndarray:
+        """Where the ant was, in metres, (N, T + 1, 2)."""
+        return self.obs[..., ant_slices(world)["xy"]] * np.float32(world.size * ANT_CELL / 2)
+
+    def take(self, index) -> AntEpisodes:
+        """The episodes of `index`, with the padding cut to the longest of them."""
+        longest = int(self.mask[index].sum(axis=1).max())
+        cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
+        return AntEpisodes(*(v[index, : cut[k]] if k in cut else v[index] for k, v in self._asdict().items()))
+
+
+def ant_expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, chunk=256, threads=1):
+    """`count` successful trajectories on random solvable layouts -> AntEpisodes, share unsolvable, success rate.
+
+    noise: standard deviation of Gaussian noise on the torques that are executed; the recorded torques are the clean
+    expert's at the states this leads to. Failures are dropped, but they count in the success rate. Worked on in
+    chunks that are written into one block, so that nothing is held twice: about 0.1 MB an episode at limit 500.
+    """
+    width = ant_slices(world)["local"].stop  # of an observation
+    data = AntEpisodes(
+        obs=np.zeros((count, world.limit + 1, width), dtype=np.float32),
+        actions=np.zeros((count, world.limit, 8), dtype=np.float32),
+        goal=np.full((count, world.limit), -1, dtype=np.int64),
+        mask=np.zeros((count, world.limit), dtype=bool),
+        task=np.zeros(count, dtype=np.int64),
+        colours=np.zeros((count, world.colours), dtype=np.int64),
+        walls=np.zeros((count, world.walls), dtype=np.int64),
+    )
+    unsolvable, made, tried, succeeded = [], 0, 0, 0
+    while made < count:
+        if tried > 1000 and not made:
+            raise ValueError(f"the expert failed in all of {tried} episodes: less noise, or a longer limit")
+        trials = min(chunk, int(1.1 * (count - made)) + 4)  # a few more than needed: some will fail
+        part, success, share = _ant_expert_chunk(world, tasks, trials, rng, noise, threads)
+        kept = np.flatnonzero(success)[: count - made]
+        for whole, some in zip(data, part):
+            whole[made : made + len(kept), ...] = some[kept]
+        unsolvable.append(share)
+        made, tried, succeeded = made + len(kept), tried + len(success), succeeded + int(success.sum())
+    longest = int(data.lengths().max())
+    cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
+    data = AntEpisodes(*(v[:, : cut[k]] if k in cut else v for k, v in data._asdict().items()))
+    return data, float(np.mean(unsolvable)), succeeded / tried
+
+
+def _ant_expert_chunk(world, tasks, count, rng, noise, threads):
+    layout, task, field, share = solvable_layouts(world, tasks, count, rng)
+    padded, lengths = pad_tasks(tasks)
+    batch = AntBatch(world, layout, (padded[task], lengths[task]), rng, threads=threads)
+    route = ant_routes(field, rng)
+    first = batch.observe()
+    obs = np.zeros((count, world.limit + 1, first.shape[1]), dtype=np.float32)
+    obs[:, 0] = first
+    actions = np.zeros((count, world.limit, 8), dtype=np.float32)
+    goal = np.full((count, world.limit), -1, dtype=np.int64)
+    alive, success = np.arange(count), np.zeros(count, dtype=bool)
+    for t in range(world.limit):
+        torques = ant_expert(batch, route, alive)
+        actions[alive, t], goal[alive, t] = torques, batch.goal()
+        _, reward, done = batch.step(torques + noise * rng.standard_normal(torques.shape))
+        obs[alive, t + 1] = batch.observe()
+        success[alive[reward > 0]] = True
+        alive = alive[~done]
+        batch.select(~done)
+        if not len(alive):
+            break
+    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls), success, share
+
+
+# ----------------------------------------------------------------------------------------------------
+# The ant's Gymnasium environment
+# ----------------------------------------------------------------------------------------------------
+
+
+class AntPinpad(gym.Env):
+    """Ant pinpad: visit the colours of a hidden task in order, as MuJoCo's four-legged ant.
+
+    ## Description
+    A plane of size x size cells of 1.25 m with `colours` coloured cells and `walls` wall cells at random places. A
+    coloured cell is visited when the torso's centre enters it from another cell. Defaults: the paper's 4x4
+    post-training task. One step is 0.05 s.
+
+    ## Action
+    Box(-1, 1, (8,)): torques of hip_4, ankle_4, hip_1, ankle_1, hip_2, ankle_2, hip_3, ankle_3; clipped.
+
+    ## Observation
+    Box, (31 + 2 (colours + walls),) float32; 41 numbers by default. n is colours + walls:
+
+    | index | part (`ant_slices`) | meaning |
+    |---|---|---|
+    | 0 | height | symlog of the torso's z |
+    | 1 .. 4 | orientation | symlog of the torso's quaternion w, x, y, z |
+    | 5 .. 12 | joints | symlog of hip and ankle angles of legs 1, 2, 3, 4 |
+    | 13 .. 26 | velocity | symlog of the torso's velocity (3), turning rates (3), joint rates (8) |
+    | 27, 28 | xy | torso's x, y; the grid is [-1, 1] |
+    | 29 .. 28 + 2n | things | centre of each colour, then wall, minus torso: x, y; in half grids, like xy |
+    | the last 2 | local | torso's x, y in its cell; the cell is [-1, 1] |
+
+    Neither the task nor the history of visits is in it.
+
+    ## Reward
+    1 when the last colour of the task is visited in order, else 0.
+
+    ## Start
+    Colours, walls and ant on distinct cells, uniformly; the ant anywhere in its cell, with any yaw, joint angles and
+    rates within 0.1 of standing still. Layouts are not checked for solvability unless
+    `reset(options={"solvable": True})`.
+
+    ## End
+    Terminates when the task is solved, when a wrong colour or a wall cell is entered, when the torso is lower than
+    0.2 m or higher than 1.0 m, when the simulation diverges, and after `limit` steps: the limit is part of the task.
+    Never truncates. Off the grid the ant counts as in the nearest cell. `info["subgoal"]` is the true subgoal: for
+    evaluation only.
+
+    ## Arguments
+    size, colours, walls, limit, task (a sequence of colours), render_mode ("ansi" or "rgb_array").
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 20}
+
+    def __init__(self, size=4, colours=4, walls=1, limit=500, task=None, render_mode=None):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
+        task = ANT.post if task is None else tuple(task)
+        self.world = TaskSet(size, colours, walls, limit, tuple((c,) for c in range(colours)), (task,), task)
+        self.render_mode = render_mode
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
+        # No number gets larger: the largest are those of an ant ANT_LARGEST metres off the grid, in half cells.
+        bound = 2 * ANT_LARGEST / ANT_CELL
+        self.observation_space = gym.spaces.Box(-bound, bound, (ant_slices(self.world)["local"].stop,), np.float32)
+        self._batch: AntBatch | None = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if (options or {}).get("solvable"):
+            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
+        else:
+            layout = sample_layouts(self.world, 1, self.np_random)
+        self._batch = AntBatch(self.world, layout, [self.world.post], self.np_random)
+        return self._batch.observe()[0], self._info()
+
+    def step(self, action):
+        if np.shape(action) != (8,):
+            raise ValueError(f"action={action!r} must be 8 torques")
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        _, reward, done = self._batch.step(np.asarray(action)[None])
+        return self._batch.observe()[0], float(reward[0]), bool(done[0]), False, self._info()
+
+    def render(self):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "ansi":
+            return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
+        if self.render_mode == "rgb_array":
+            return ant_picture(self.world, self._batch.content[0], self._batch.state[0])
+        return None
+
+    def _info(self) -> dict:
+        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
+
+
+def ant_picture(world: TaskSet, content: np.ndarray, state: np.ndarray, scale: int = 48) -> np.ndarray:
+    """The cells seen from above with the ant as drawn discs: torso, and knee and foot of each leg; state (30,)."""
+    picture = cell_picture(world, content, scale)
+    metres = (np.arange(world.size * scale) + 0.5) / scale * ANT_CELL - world.size * ANT_CELL / 2
+    hip, ankle = state[JOINTS].reshape(4, 2).T
+    # The plane as complex numbers; ant.xml's legs: torso to hip, hip to ankle, twice that from ankle to foot.
+    towards = np.hypot(0.2, 0.2) * np.exp(1j * (LEG_AZIMUTH + yaw_of(state)))
+    upper = towards * np.exp(1j * hip)
+    joints = np.cumsum([0 * towards, towards, upper, 2 * np.cos(ankle) * upper], axis=0)  # (4 joints, 4 legs)
+    along = np.linspace(0, 1, 8)[:, None, None]
+    legs = (joints[:-1] + along * np.diff(joints, axis=0)).reshape(-1)
+    for place, radius in [(0, 0.25), *((place, 0.05) for place in legs)]:
+        dx, dy = metres - state[1] - place.real, -metres - state[2] - place.imag  # row 0 is the largest y
+        picture[dx[None] ** 2 + dy[:, None] ** 2 < radius**2] = 0
+    return picture
+
+
+gym.register(id="InternalRL/AntPinpad-v0", entry_point=AntPinpad, nondeterministic=False)

@@ -31,6 +31,7 @@ import internal_rl as ir
 HERE = Path(__file__).parent
 SMALL, PAPER = envs.TASK_SETS["small"], envs.TASK_SETS["paper"]
 ENV_ID = "InternalRL/GridPinpad-v0"
+ANT, ANT_ID = envs.ANT, "InternalRL/AntPinpad-v0"
 WORLDS = pytest.mark.parametrize("world", [SMALL, PAPER], ids=["small", "paper"])
 BLOCKS = pytest.mark.parametrize("block", ["hawk", "transformer"])
 SUMMARIES = pytest.mark.parametrize("summary", ["backward", "whole"])
@@ -329,6 +330,344 @@ def test_mirrors_are_the_symmetries_of_the_square():
                 assert walk(5, agent[t], turned[data.actions[i, t]]) == agent[t + 1]
                 label = best_moves(SMALL, colours, walls, agent[t], data.goal[i, t])
                 assert np.allclose(label[turned], data.expert[i, t])
+
+
+# ---- The rules of the ant --------------------------------------------------------------------------
+
+STILL = np.zeros((1, 8))
+
+
+def toy_ant(task=(0, 1), limit=20, **options) -> envs.AntBatch:
+    """One episode on this grid, the ant at the centre of its cell:    0 . 1    cells: 0 1 2
+    digits are colours, # a wall, @ the ant.                           . @ #           3 4 5
+                                                                       2 . .           6 7 8"""
+    world = envs.TaskSet(3, 3, 1, limit, ((0,), (1,), (2,)), (task,), task)
+    layout = envs.Layout(np.array([[0, 2, 6]]), np.array([[5]]), np.array([4]))
+    batch = envs.AntBatch(world, layout, [task], np.random.default_rng(0), **options)
+    batch.state[:, envs.XY] = 0
+    return batch
+
+
+PLACES = {cell: (1.25 * (cell % 3 - 1), 1.25 * (1 - cell // 3)) for cell in range(9)}
+OFF_GRID = {"north of 1": (0, 30), "east of 2": (2.5, 1.25), "north of 0": (-1.25, 9), "south-west of 6": (-9, -9)}
+ANT_TRACED = {  # task, places, options, cells, visits (-1: none), last reward, done at the end
+    "two visits": ((0, 1), [1, 0, 1, 2], {}, [1, 0, 1, 2], [-1, 0, -1, 1], 1, True),
+    "staying on a colour is no visit": ((0, 1, 2), [1, 0, 0, 0], {}, [1, 0, 0, 0], [-1, 0, -1, -1], 0, False),
+    "a wrong colour ends the episode": ((1, 0), [1, 0], {}, [1, 0], [-1, 0], 0, True),
+    "also the colour visited last": ((0, 1), [1, 0, 1, 0], {}, [1, 0, 1, 0], [-1, 0, -1, 0], 0, True),
+    "but not when roaming": ((1, 0), [1, 0], {"roam": True}, [1, 0], [-1, 0], 0, False),
+    "a wall ends it": ((0, 1), [4, 5], {}, [4, 5], [-1, -1], 0, True),
+    "also when roaming": ((0, 1), [4, 5], {"roam": True}, [4, 5], [-1, -1], 0, True),
+    "leaving the grid does not": ((1, 0), [1, "north of 1"], {}, [1, 1], [-1, -1], 0, False),
+    "there the cells go on": ((1, 2), [1, "east of 2", "south-west of 6"], {}, [1, 2, 6], [-1, 1, 2], 1, True),
+    "also the wrong ones": ((1, 0), ["north of 0"], {}, [0], [0], 0, True),
+    "the limit ends it": ((1,), [4, 1, 4], {"limit": 3}, [4, 1, 4], [-1, -1, -1], 0, True),
+    "a solution in the last step pays": ((1,), [1, 2], {"limit": 2}, [1, 2], [-1, 1], 1, True),
+}
+
+
+@pytest.mark.parametrize("name", ANT_TRACED)
+def test_hand_traced_ant(name):
+    """Of an ant that is put from place to place, cells, visits, reward and end are those worked out by hand."""
+    task, places, options, cells, visits, reward, done = ANT_TRACED[name]
+    batch, nothing, steps = toy_ant(task, **options), [0] * (len(cells) - 1), []
+    for place in places:
+        batch.state[:, envs.XY] = {**PLACES, **OFF_GRID}[place]
+        steps.append([*batch.step(STILL), batch.cell])
+    expected = [visits, [*nothing, reward], [*nothing, done], cells]
+    assert np.array(steps, dtype=float)[..., 0].T.tolist() == expected
+
+
+@pytest.mark.parametrize("height, done", [(0.19, True), (0.21, False), (0.99, False), (1.01, True)])
+@pytest.mark.parametrize("roam", [False, True])
+def test_height_ends_the_episode(height, done, roam, monkeypatch):
+    """A torso outside [0.2, 1.0] m ends the episode, roaming or not, with time stopped so that it stays there."""
+    monkeypatch.setattr(envs, "ant_simulate", lambda state, torques, threads: state)
+    batch = toy_ant(roam=roam)
+    batch.state[:, envs.HEIGHT] = height
+    assert batch.step(STILL)[2].tolist() == [done]
+
+
+def test_upside_down_is_seen_but_ends_nothing():
+    """An ant turned over is within the height range and not upright; the paper does not end the episode."""
+    batch = toy_ant()
+    assert batch.upright().all()
+    batch.state[:, envs.QUATERNION] = (0, 1, 0, 0)
+    _, _, done = batch.step(STILL)
+    assert not done and not batch.upright().any()
+
+
+@pytest.mark.parametrize("what", ["velocity", "torque"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
+def test_divergence_ends_one_episode_and_is_counted(what, value, tmp_path, monkeypatch):
+    """State or torques that are not finite, or a state too large, end that episode without reward, are counted, and
+    leave finite observations; the other episodes do not notice. A torque that is merely large is clipped."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT where it stands
+    layout = envs.sample_layouts(ANT, 3, np.random.default_rng(0))
+    sick, well = (envs.AntBatch(ANT, layout, [ANT.post] * 3, np.random.default_rng(1)) for _ in range(2))
+    torques = np.zeros((3, 8))
+    well.step(torques)
+    if what == "velocity":
+        sick.state[1, 20] = value
+    else:
+        torques[1, 3] = value
+    diverges = what == "velocity" or not np.isfinite(value)
+    visited, reward, done = sick.step(torques)
+    assert done.tolist() == [False, diverges, False] and not reward.any() and (visited == -1).all()
+    assert sick.diverged == diverges and np.isfinite(sick.observe()).all()
+    assert np.array_equal(sick.state[[0, 2]], well.state[[0, 2]])
+
+
+# ---- Physics and batches ---------------------------------------------------------------------------
+
+
+def random_ants(count=6, seed=0) -> envs.AntBatch:
+    rng = np.random.default_rng(seed)
+    return envs.AntBatch(ANT, envs.sample_layouts(ANT, count, rng), [ANT.post] * count, rng)
+
+
+def test_simulation_is_five_plain_steps():
+    """One control step is five mj_step of 0.01 s with the torques held and clipped, actuators leg 4 first."""
+    import mujoco
+
+    model = envs.ant_physics(1)[0]
+    joints = [model.joint(model.actuator_trnid[i, 0]).name for i in range(8)]
+    assert joints == [f"{part}_{leg}" for leg in (4, 1, 2, 3) for part in ("hip", "ankle")]
+    state, torques = random_ants().state, np.random.default_rng(1).uniform(-2, 2, (6, 8))
+    for before, torque, after in zip(state, torques, envs.ant_simulate(state, torques)):
+        data = mujoco.MjData(model)
+        data.qpos, data.qvel, data.ctrl = before[1:16], before[16:], torque.clip(-1, 1)
+        for _ in range(5):
+            mujoco.mj_step(model, data)
+        assert np.allclose([data.time, *data.qpos, *data.qvel], after, atol=1e-9) and after[0] == pytest.approx(0.05)
+
+
+def test_batch_equals_single_episodes_and_select_keeps_them():
+    """Six episodes together, then three of them after `select`, on one thread or two, go as each one alone."""
+    rng, kept = np.random.default_rng(2), np.array([4, 0, 3])
+    torques = rng.uniform(-1, 1, (8, 6, 8))
+    batch, threaded = random_ants(), random_ants()
+    threaded.threads = 2
+    alone = [random_ants() for _ in range(6)]
+    for i, single in enumerate(alone):
+        single.select([i])
+    for t in range(8):
+        if t == 4:
+            batch.select(kept), threaded.select(kept)
+        rows = np.arange(6) if t < 4 else kept
+        results = [np.array(b.step(torques[t, rows])) for b in (batch, threaded)]
+        single = np.concatenate([alone[i].step(torques[t, [i]]) for i in rows], axis=1)
+        assert np.array_equal(results[0], single) and np.array_equal(results[1], single)
+        assert np.array_equal(batch.observe(), np.concatenate([alone[i].observe() for i in rows]))
+        assert np.array_equal(batch.observe(), threaded.observe())
+    assert len(batch) == 3 and np.array_equal(batch.goal(), [0, 0, 0]) and batch.time.tolist() == [8, 8, 8]
+
+
+def test_start_is_as_the_paper_says():
+    """On a free cell, anywhere in it, any yaw, joints and rates within 0.1 of standing (ankles 1 rad out), at rest."""
+    batch = random_ants(2000)
+    assert (batch.content[np.arange(2000), batch.cell] == -1).all()
+    assert np.array_equal(batch._cell_of(batch.state[:, envs.XY]), batch.cell)
+    local = batch.observe()[:, envs.ant_slices(ANT)["local"]]
+    standing = np.tile([0, 1, 0, -1, 0, -1, 0, 1], (2000, 1))
+    spread = [local, envs.yaw_of(batch.state)[:, None] / np.pi]
+    spread += [(batch.state[:, envs.JOINTS] - standing) / 0.1, batch.state[:, envs.JOINT_RATES] / 0.1]
+    for part in spread:  # uniform on [-1, 1]: mean 0, variance 1/3, within 5 standard deviations
+        assert np.abs(part).max() <= 1 and np.abs(part.mean(axis=0)).max() < 5 * (1 / 3 / 2000) ** 0.5
+        assert np.abs((part**2).mean(axis=0) - 1 / 3).max() < 5 * (4 / 45 / 2000) ** 0.5
+    assert not batch.state[:, 16:22].any() and (batch.state[:, envs.HEIGHT] == 0.55).all()
+
+
+def test_ant_observation_shows_everything_but_the_goal():
+    """Each part of `ant_slices` is what the table says, worked out here from state and layout; tasks look alike."""
+    layout = envs.sample_layouts(ANT, 5, np.random.default_rng(0))
+    torques = np.random.default_rng(1).uniform(-1, 1, (5, 8))
+    first, last = (
+        envs.AntBatch(ANT, layout, [task] * 5, np.random.default_rng(2)) for task in (ANT.pretrain[0], ANT.post)
+    )
+    first.step(torques), last.step(torques)
+    obs, parts = first.observe(), envs.ant_slices(ANT)
+    assert np.array_equal(obs, last.observe()) and obs.shape == (5, 41) and obs.dtype == np.float32
+    assert [part.start for part in parts.values()] + [41] == [0, 1, 5, 13, 27, 29, 39, 41]
+
+    def unsymlog(name):
+        return np.sign(obs[:, parts[name]]) * np.expm1(np.abs(obs[:, parts[name]]))
+
+    state = np.concatenate([unsymlog(name) for name in ("height", "orientation", "joints", "velocity")], axis=1)
+    assert np.allclose(state, first.state[:, 3:], rtol=1e-4, atol=1e-5)
+    for i, (x, y) in enumerate(first.state[:, envs.XY]):
+        assert np.allclose(obs[i, parts["xy"]], (x / 2.5, y / 2.5), atol=1e-6)
+        for j, cell in enumerate([*layout.colours[i], *layout.walls[i]]):
+            row, column = divmod(cell, 4)
+            thing = (-1.875 + 1.25 * column - x) / 2.5, (1.875 - 1.25 * row - y) / 2.5
+            assert np.allclose(obs[i, parts["things"]][2 * j : 2 * j + 2], thing, atol=1e-6)
+        corner = np.floor(x / 1.25) * 1.25, np.floor(y / 1.25) * 1.25
+        local = 2 * (np.array([x, y]) - corner) / 1.25 - 1
+        assert np.allclose(obs[i, parts["local"]], local, atol=1e-5)
+
+
+# ---- The expert ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def expert_data(noise=0.0):
+    return envs.ant_expert_episodes(ANT, ANT.pretrain, 50, np.random.default_rng(0), noise=noise, chunk=32)
+
+
+def test_routes_are_shortest_paths():
+    """Each route takes as many cells as the distance field says, and all of several shortest ways are taken."""
+    layout = envs.sample_layouts(ANT, 40, np.random.default_rng(0))
+    field = envs.distance_fields(ANT, layout)
+    routes = [envs.ant_routes(field, np.random.default_rng(seed)) for seed in range(20)]
+    for i, colour, cell in np.argwhere((field > 0) & (field < envs.FAR)):
+        after = {route[i, colour, cell] for route in routes}
+        neighbours = {c for c in envs.neighbour_table(4)[cell] if field[i, colour, c] == field[i, colour, cell] - 1}
+        assert after <= neighbours and (after == neighbours or len(neighbours) > 1)
+    ties = [{route[i, colour, cell] for route in routes} for i, colour, cell in np.argwhere(field == 3)]
+    assert max(len(after) for after in ties) > 1
+
+
+@pytest.mark.parametrize("direction", [0.0, 2.0, -2.5])
+def test_trot_goes_where_it_should(direction):
+    """In 5 seconds an ant of any yaw walks 1.5 m or more in the direction asked for, within 0.3 rad, upright."""
+    batch = random_ants(8)
+    start = batch.state[:, envs.XY].copy()
+    for _ in range(100):
+        batch.state = envs.ant_simulate(batch.state, envs.trot(batch.state, np.full(8, direction)))
+    dx, dy = (batch.state[:, envs.XY] - start).T
+    assert np.hypot(dx, dy).min() > 1.5 and batch.upright().all()
+    assert np.abs(np.angle(np.exp(1j * (np.arctan2(dy, dx) - direction)))).max() < 0.3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_ant_expert_solves_its_tasks(noise):
+    """At least 9 of 10 episodes succeed; each kept one visits, by its recorded places alone, just the colours of its
+    task in order and no wall; some layouts are unsolvable, and that share is reported."""
+    data, unsolvable, success = expert_data(noise)
+    assert success >= 0.9 and 0 < unsolvable < 0.3 and len(data.task) == 50
+    for i, steps in enumerate(data.lengths()):
+        x, y = data.xy(ANT)[i, : steps + 1].T
+        cells = np.clip((2.5 - y) // 1.25, 0, 3) * 4 + np.clip((x + 2.5) // 1.25, 0, 3)
+        entered = cells[1:][np.diff(cells) != 0].astype(int).tolist()
+        names = dict(zip(data.colours[i].tolist(), range(4)))
+        assert [names[cell] for cell in entered if cell in names] == list(ANT.pretrain[data.task[i]])
+        assert data.walls[i, 0] not in entered
+        pursued = data.goal[i, :steps]
+        assert pursued[np.flatnonzero(np.diff(pursued, prepend=-2))].tolist() == list(ANT.pretrain[data.task[i]])
+
+
+def test_ant_episodes_are_padded_and_reproducible():
+    """The mask is True on the first steps and no others, padding is zeros and -1, the same generator gives the same
+    data, and `take` cuts the padding to the longest episode taken."""
+    data, _, _ = expert_data()
+    again, _, _ = expert_data.__wrapped__()
+    assert all(np.array_equal(a, b) for a, b in zip(data, again))
+    steps = np.arange(data.mask.shape[1])
+    assert np.array_equal(data.mask, steps < data.lengths()[:, None]) and data.lengths().max() == len(steps)
+    assert data.obs.dtype == data.actions.dtype == np.float32 and data.obs.shape == (50, len(steps) + 1, 41)
+    assert (data.goal[~data.mask] == -1).all() and not data.actions[~data.mask].any()
+    assert not data.obs[:, 1:][~data.mask].any() and data.obs[:, 1:][data.mask].any(axis=1).all()
+    short = np.argsort(data.lengths())[:3]
+    part = data.take(short)
+    assert part.mask.all(axis=1).any() and np.array_equal(part.obs, data.obs[short, : part.mask.shape[1] + 1])
+
+
+def test_recorded_torques_are_clean(monkeypatch):
+    """What is recorded is what `trot` says, bit by bit; what is executed has noise of the asked for deviation added,
+    drawn anew each step."""
+    clean, executed, trot, simulate = [], [], envs.trot, envs.ant_simulate
+    monkeypatch.setattr(envs, "trot", lambda *a: clean.append(trot(*a)) or clean[-1].copy())
+    monkeypatch.setattr(envs, "ant_simulate", lambda *a: executed.append(a[1].copy()) or simulate(*a))
+    rng = np.random.default_rng(0)
+    data = envs._ant_expert_chunk(replace(ANT, limit=30), ANT.pretrain, 40, rng, 0.1, 1)[0]
+    for t, torques in enumerate(clean):
+        assert np.array_equal(data.actions[data.mask[:, t], t], torques.astype(np.float32))
+    noise = [b - a for a, b in zip(clean, executed)]
+    assert len(noise) == 30 and np.concatenate(noise).std() == pytest.approx(0.1, rel=0.05)
+    together = data.mask.all(axis=1)  # the episodes still alive at the end
+    rows = np.array([n[together[data.mask[:, t]]] for t, n in enumerate(noise)])
+    assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 0.1
+
+
+# ---- The Gymnasium environment ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [None, "ansi", "rgb_array"])
+def test_check_ant_env_has_no_complaint(mode):
+    """Gymnasium's own checker passes with every warning turned into an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(gymnasium.make(ANT_ID, render_mode=mode).unwrapped)
+
+
+def test_default_ant_is_the_papers_and_seeded():
+    """gym.make without arguments is the 4x4 post-training task 0-1-2-3 with 500 steps; a seed decides everything."""
+    env = gymnasium.make(ANT_ID)
+    world = env.unwrapped.world
+    assert (world.post, world.limit, world.size, world.colours, world.walls) == ((0, 1, 2, 3), 500, 4, 4, 1)
+    torques = np.random.default_rng(0).uniform(-1, 1, (4, 8)).astype(np.float32)
+    episodes = [[env.reset(seed=seed)[0], *(env.step(a)[0] for a in torques), env.reset()[0]] for seed in (3, 3, 4)]
+    first, same, other = np.array(episodes)
+    assert np.array_equal(first, same) and not np.array_equal(first, other)
+
+
+def test_ant_env_is_the_view_of_a_batch_of_one():
+    """Observations, rewards and ends are those of AntBatch; led by the expert it solves the task and says so."""
+    env = gymnasium.make(ANT_ID)
+    rng, rewards = np.random.default_rng(0), []
+    for seed in range(2):
+        env.reset(seed=seed, options={"solvable": True})
+        inner = env.unwrapped._batch
+        layout = envs.Layout(inner.colours, inner.walls, inner.cell)
+        batch = envs.AntBatch(ANT, layout, [ANT.post], rng)
+        batch.state = inner.state.copy()
+        route = envs.ant_routes(envs.distance_fields(ANT, layout), rng)
+        over = False
+        while not over:
+            torques = envs.ant_expert(batch, route, np.arange(1))
+            obs, reward, over, truncated, info = env.step(torques[0])
+            _, expected, done = batch.step(torques)
+            assert (reward, over, info["subgoal"]) == (expected[0], done[0], batch.subgoal()[0])
+            assert np.array_equal(obs, batch.observe()[0]) and truncated is False
+            assert env.observation_space.contains(obs)
+        rewards.append(reward)
+    assert 1.0 in rewards and type(reward) is float and type(over) is bool
+
+
+@pytest.mark.parametrize("arguments, named", [
+    ({"size": 2}, "size"), ({"colours": 0}, "colours"), ({"walls": -1}, "walls"), ({"limit": 0}, "limit"),
+    ({"task": (0, 4)}, "task"), ({"task": (1, 1)}, "task"), ({"render_mode": "human"}, "render_mode"),
+])  # fmt: skip
+def test_impossible_ant_worlds_are_refused(arguments, named):
+    """An argument that makes no grid or no task is a ValueError that names it."""
+    with pytest.raises(ValueError, match=named):
+        envs.AntPinpad(**arguments)
+
+
+def test_ant_env_refuses_misuse():
+    """A wrong number of torques is a ValueError; stepping or rendering before reset is Gymnasium's ResetNeeded."""
+    env = envs.AntPinpad()
+    for call in (lambda: env.step(np.zeros(8)), env.render):
+        with pytest.raises(gymnasium.error.ResetNeeded):
+            call()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="8 torques"):
+        env.step(np.zeros(7))
+
+
+def test_ant_rendering():
+    """rgb_array has 48 pixels a cell, the torso is a black disc where xy says, y up; ansi is the grid's."""
+    env = gymnasium.make(ANT_ID, render_mode="rgb_array")
+    env.reset(seed=0)
+    batch = env.unwrapped._batch
+    batch.state[:, envs.XY], batch.cell[:] = (0.625, 1.875), 2  # the third cell of the top row
+    picture = env.render()
+    assert picture.shape == (192, 192, 3) and picture.dtype == np.uint8
+    black = (picture == 0).all(axis=-1)
+    assert black[24 - 9 : 24 + 9, 120].all() and black[24, 120 - 9 : 120 + 9].all() and not black[96:].any()
+    feet = np.argwhere(black) - (24, 120)
+    assert 30 < np.hypot(*feet.T).max() < 40 and black.mean() < 0.05
+    assert envs.grid_text(batch.world, batch.content[0], 2)[4] in "@*"
 
 
 # ---- Base model ------------------------------------------------------------------------------------
