@@ -49,6 +49,7 @@ class TaskSet:
     subgoals: tuple[tuple[int, ...], ...]  # the colours of each subgoal ("abstract action")
     pretrain: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
     post: tuple[int, ...]  # the task of reinforcement learning
+    ant: bool = False  # an ant on a plane of cells instead of an agent on a grid
 
     def __post_init__(self):
         check_sizes(self.size, self.colours, self.walls, self.limit)
@@ -115,9 +116,10 @@ TASK_SETS = {
     "paper": TaskSet(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
     # A small grid of the same kind: the paper's ant tasks (Table A2), single colours as subgoals.
     "small": TaskSet(5, 4, 1, 100, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
+    # The paper's ant (App. A, Table A2). No subgoal transition of the post-training task is in Table A2.
+    "ant": TaskSet(4, 4, 1, 500, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3), ant=True),
 }
-# The paper's ant (App. A, Table A2). No subgoal transition of the post-training task is in Table A2.
-ANT = TaskSet(4, 4, 1, 500, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3))
+ANT = TASK_SETS["ant"]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -232,20 +234,24 @@ class GridBatch:
         index = np.append(self.world.subgoal_of_colour(), -1)
         return index[self.goal()]
 
+    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
+        """Put the agents of the episodes `index` on these cells, which is no visit."""
+        self.agent[index] = cell
+
     def select(self, index: np.ndarray) -> None:
         """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
         for name in ("colours", "walls", "agent", "tasks", "lengths", "stage", "time", "content"):
             setattr(self, name, getattr(self, name)[index])
         self._rows = np.arange(len(self.agent))
 
-    def cells(self) -> np.ndarray:
+    def inputs(self) -> np.ndarray:
         """Cell of every colour, every wall and the agent, (B, O + W + 1): where `observe` has its ones."""
         return np.concatenate([self.colours, self.walls, self.agent[:, None]], axis=1)
 
     def observe(self) -> np.ndarray:
         """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
         obs = np.zeros((len(self), self.world.size**2, self.world.objects), dtype=np.float32)
-        obs[self._rows[:, None], self.cells(), np.arange(self.world.objects)] = 1
+        obs[self._rows[:, None], self.inputs(), np.arange(self.world.objects)] = 1
         return obs.reshape(len(self), -1)
 
 
@@ -324,11 +330,11 @@ class Episodes(NamedTuple):
     task: np.ndarray  # (N,) index into the list of tasks
 
     def lengths(self) -> np.ndarray:
-        """Steps of each episode, (N,): also the place of its last observation in `cells`."""
+        """Steps of each episode, (N,): also the place of its last observation in `inputs`."""
         return self.mask.sum(axis=1)
 
-    def cells(self) -> np.ndarray:
-        """The observations, the last one included, as `GridBatch.cells` gives them, (N, T + 1, O + W + 1)."""
+    def inputs(self) -> np.ndarray:
+        """The observations, the last one included, as `GridBatch.inputs` gives them, (N, T + 1, O + W + 1)."""
         things = np.concatenate([self.colours, self.walls], axis=1)
         things = np.broadcast_to(things[:, None], (*self.agent.shape, things.shape[1]))
         return np.concatenate([things, self.agent[..., None]], axis=-1)
@@ -401,7 +407,7 @@ def _expert_chunk(world, tasks, count, rng, noise, displace, on_colour):
     batch = GridBatch(world, layout, (padded[task], lengths[task]))
     neighbour = neighbour_table(world.size)
     moved = np.flatnonzero(rng.random(count) < on_colour)
-    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng))
+    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng), rng)
     record = {
         "agent": np.repeat(batch.agent[:, None], world.limit + 1, axis=1),
         "actions": np.zeros((count, world.limit), dtype=np.int64),
@@ -424,7 +430,7 @@ def _expert_chunk(world, tasks, count, rng, noise, displace, on_colour):
         _, reward, done = batch.step(action)
         if displace > 0:
             moved = np.flatnonzero(~done & (rng.random(len(done)) < displace))
-            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)))
+            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
         record["agent"][alive, t + 1 :] = batch.agent[:, None]
         success[alive[reward > 0]] = True
         alive = alive[~done]
@@ -453,15 +459,15 @@ def _one_of(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return values[np.arange(len(values)), rng.integers(values.shape[1], size=len(values))]
 
 
-def _displace(batch: GridBatch, field, rows, chosen, cell) -> None:
+def _displace(batch, field, rows, chosen, cell, rng) -> None:
     """Put the agent of each `chosen` episode on its `cell`, where that is no wall, not the goal and not cut off.
 
     A cell of another colour will do: being put there is no visit.
     """
     goal, content = batch.goal()[chosen], batch.content[chosen, cell]
-    reach = field[rows[chosen, None], goal[:, None], batch._neighbour[cell]].min(axis=1)
+    reach = field[rows[chosen, None], goal[:, None], neighbour_table(batch.world.size)[cell]].min(axis=1)
     allowed = (content < batch.world.colours) & (content != goal) & (reach < FAR)
-    batch.agent[chosen[allowed]] = cell[allowed]
+    batch.place(chosen[allowed], cell[allowed], rng)
 
 
 def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
@@ -673,12 +679,64 @@ def symlog(x: np.ndarray) -> np.ndarray:
     return np.sign(x) * np.log1p(np.abs(x))
 
 
+def symexp(x: np.ndarray) -> np.ndarray:
+    return np.sign(x) * np.expm1(np.abs(x))
+
+
 def ant_slices(world: TaskSet) -> dict[str, slice]:
     """Where each part of the observation lies; `AntPinpad` says what the parts are."""
     things = 2 * (world.colours + world.walls)
     sizes = {"height": 1, "orientation": 4, "joints": 8, "velocity": 14, "xy": 2, "things": things, "local": 2}
     ends = np.cumsum([0, *sizes.values()]).tolist()
     return {name: slice(start, end) for name, start, end in zip(sizes, ends[:-1], ends[1:])}
+
+
+@functools.cache
+def _ant_turns(world: TaskSet):
+    """What `turn_ant` does to all parts but the orientation: places (4, 4, F) and signs (4, 4, F)."""
+    parts = ant_slices(world)
+    place = np.tile(np.arange(parts["local"].stop), (4, 4, 1))
+    sign = np.ones(place.shape, dtype=np.float32)
+    velocity = parts["velocity"].start
+    in_world = [velocity, *(parts[name].start for name in ("xy", "local"))]
+    in_world += range(parts["things"].start, parts["things"].stop, 2)
+    quarter = ([0, 1], [1, 1]), ([1, 0], [-1, 1]), ([0, 1], [-1, -1]), ([1, 0], [1, -1])  # of a vector (x, y)
+    for turns, legs in np.ndindex(4, 4):
+        for start, angle in [*((start, turns) for start in in_world), (velocity + 3, -legs)]:
+            order, signs = quarter[angle % 4]
+            place[turns, legs, start : start + 2] = start + np.array(order)
+            sign[turns, legs, start : start + 2] = signs
+        for start in (parts["joints"].start, velocity + 6):
+            for leg in range(4):
+                was = (leg + legs) % 4
+                place[turns, legs, start + 2 * leg + np.arange(2)] = start + 2 * was + np.arange(2)
+                sign[turns, legs, start + 2 * leg + 1] = ANKLE_SIGN[was] * ANKLE_SIGN[leg]
+    return place, sign
+
+
+def turn_ant(world: TaskSet, obs: np.ndarray, turns: np.ndarray, legs: np.ndarray) -> np.ndarray:
+    """The same trajectories, obs (N, T, F), in a world turned by quarters to the left, `turns` (N,) of 0..3.
+
+    The ant looks the same from four sides: `legs` (N,) of 0..3 renames its legs, so that its own frame turns too.
+    Both are symmetries of the task, the physics and the expert (but for what it takes for its yaw when it tilts).
+    """
+    place, sign = (table[turns, legs][:, None] for table in _ant_turns(world))
+    turned = np.take_along_axis(obs, np.broadcast_to(place, obs.shape), axis=2) * sign
+    w, x, y, z = np.moveaxis(symexp(obs[..., ant_slices(world)["orientation"]]), -1, 0)
+    # Turns about z, before and after: the halves w + iz and x + iy of the quaternion turn by half the angle.
+    one = (w + 1j * z) * np.exp(1j * np.pi / 4 * (turns + legs))[:, None]
+    two = (x + 1j * y) * np.exp(1j * np.pi / 4 * (turns - legs))[:, None]
+    turned[..., ant_slices(world)["orientation"]] = symlog(np.stack([one.real, two.real, two.imag, one.imag], -1))
+    return turned
+
+
+def turn_torques(torques: np.ndarray, legs: np.ndarray) -> np.ndarray:
+    """The torques (N, T, 8) of an ant whose legs were renamed by `turn_ant`; legs (N,)."""
+    was = (np.arange(3, 7) + legs[:, None]) % 4  # MuJoCo's actuators start with leg 4
+    by_leg = np.roll(torques.reshape(*torques.shape[:2], 4, 2), -1, axis=2)  # from leg 1 on
+    turned = np.take_along_axis(by_leg, was[:, None, :, None], axis=2)
+    turned[..., 1] *= (ANKLE_SIGN[was] * ANKLE_SIGN[[3, 0, 1, 2]])[:, None]
+    return turned.reshape(torques.shape)
 
 
 class AntBatch:
@@ -768,6 +826,11 @@ class AntBatch:
         index = np.append(self.world.subgoal_of_colour(), -1)
         return index[self.goal()]
 
+    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
+        """Put the ants of the episodes `index` anywhere in these cells, as they move: no visit, no other change."""
+        self.state[index, XY] = self._centres[cell] + rng.uniform(-ANT_CELL / 2, ANT_CELL / 2, (len(index), 2))
+        self.cell[index] = cell
+
     def select(self, index: np.ndarray) -> None:
         """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
         for name in ("colours", "walls", "cell", "tasks", "lengths", "stage", "time", "content", "state", "_things"):
@@ -781,6 +844,8 @@ class AntBatch:
         local = xy - self._centres[self.cell]
         parts = [symlog(self.state[:, HEIGHT:]), xy / self._half, things.reshape(len(self), -1) / self._half]
         return np.concatenate([*parts, local / (ANT_CELL / 2)], axis=1).astype(np.float32)
+
+    inputs = observe  # what the base model reads
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -820,16 +885,22 @@ def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
     return legs.reshape(-1, 8).clip(-1, 1)
 
 
-def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The next cell on a shortest path from every cell to every colour, one of them at random, (B, O, G*G).
+LEFT_OF = [2, 3, 1, 0]  # the move a quarter turn to the left of each
 
-    field (B, O, G*G) as of `distance_fields`. Drawn once per episode: an expert that changes its mind would dither.
-    Where there is no way the next cell is the cell itself.
+
+def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The next cell on a shortest path from every cell to every colour, (B, O, G*G); field (B, O, G*G).
+
+    Of several the one from which the others lie to the right, so that the goal decides the way, whichever way the
+    world is turned; opposite ones are left to chance, drawn once per episode. Where there is no way the next cell is
+    the cell itself.
     """
     B, O, cells = field.shape
     neighbour = neighbour_table(round(cells**0.5))
     episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
     best = shortest_actions(field, episode, colour, cell, neighbour)
+    leftmost = best & ~best[:, LEFT_OF]
+    best = np.where(leftmost.any(axis=1, keepdims=True), leftmost, best)
     target = np.where(best.any(axis=1), neighbour[cell, _choose(best, rng)], cell)
     return target.reshape(B, O, cells)
 
@@ -856,9 +927,24 @@ class AntEpisodes(NamedTuple):
         """Steps of each episode, (N,): also the place of its last observation in `obs`."""
         return self.mask.sum(axis=1)
 
+    def inputs(self) -> np.ndarray:
+        """The observations, the last one included, (N, T + 1, F)."""
+        return self.obs
+
     def xy(self, world: TaskSet) -> np.ndarray:
         """Where the ant was, in metres, (N, T + 1, 2)."""
         return self.obs[..., ant_slices(world)["xy"]] * np.float32(world.size * ANT_CELL / 2)
+
+    def turned(self, world: TaskSet, turns: np.ndarray, legs: np.ndarray) -> AntEpisodes:
+        """The same episodes as `turn_ant` sees them; everything but `obs` and `actions` stays as it was."""
+        return self._replace(obs=turn_ant(world, self.obs, turns, legs), actions=turn_torques(self.actions, legs))
+
+    def every(self, n: int) -> AntEpisodes:
+        """One step in n, from the first on, and the last observation, which is then repeated."""
+        at = np.arange(0, self.mask.shape[1], n)
+        seen = np.minimum(np.append(at, at[-1] + n), self.lengths()[:, None])
+        obs = np.take_along_axis(self.obs, seen[..., None], axis=1)
+        return self._replace(obs=obs, **{k: getattr(self, k)[:, at] for k in ("actions", "goal", "mask")})
 
     def take(self, index) -> AntEpisodes:
         """The episodes of `index`, with the padding cut to the longest of them."""
@@ -867,11 +953,17 @@ class AntEpisodes(NamedTuple):
         return AntEpisodes(*(v[index, : cut[k]] if k in cut else v[index] for k, v in self._asdict().items()))
 
 
-def ant_expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, chunk=256, threads=1):
+def ant_expert_episodes(
+    world: TaskSet, tasks, count: int, rng: np.random.Generator,
+    noise=0.0, displace=0.0, on_colour=0.0, steps=None, lapse=1, chunk=256, threads=1,
+):  # fmt: skip
     """`count` successful trajectories on random solvable layouts -> AntEpisodes, share unsolvable, success rate.
 
     noise: standard deviation of Gaussian noise on the torques that are executed; the recorded torques are the clean
-    expert's at the states this leads to. Failures are dropped, but they count in the success rate. Worked on in
+    expert's at the states this leads to. displace, on_colour: as of `expert_episodes`. steps: cut episodes there,
+    finished or not; without it an episode that is not solved within the limit is a failure. Failures are dropped, but
+    they count in the success rate. lapse: keep one step in so many, and let the ant jump right before each of them,
+    in full motion: then its velocity tells where it was going, but not where it has to go from here. Worked on in
     chunks that are written into one block, so that nothing is held twice: about 0.1 MB an episode at limit 500.
     """
     width = ant_slices(world)["local"].stop  # of an observation
@@ -884,12 +976,13 @@ def ant_expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Genera
         colours=np.zeros((count, world.colours), dtype=np.int64),
         walls=np.zeros((count, world.walls), dtype=np.int64),
     )
+    options = rng, noise, displace, on_colour, steps or world.limit, steps is not None, lapse, threads
     unsolvable, made, tried, succeeded = [], 0, 0, 0
     while made < count:
         if tried > 1000 and not made:
             raise ValueError(f"the expert failed in all of {tried} episodes: less noise, or a longer limit")
         trials = min(chunk, int(1.1 * (count - made)) + 4)  # a few more than needed: some will fail
-        part, success, share = _ant_expert_chunk(world, tasks, trials, rng, noise, threads)
+        part, success, share = _ant_expert_chunk(world, tasks, trials, *options)
         kept = np.flatnonzero(success)[: count - made]
         for whole, some in zip(data, part):
             whole[made : made + len(kept), ...] = some[kept]
@@ -898,31 +991,47 @@ def ant_expert_episodes(world: TaskSet, tasks, count: int, rng: np.random.Genera
     longest = int(data.lengths().max())
     cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
     data = AntEpisodes(*(v[:, : cut[k]] if k in cut else v for k, v in data._asdict().items()))
+    if lapse > 1:
+        data = data.every(lapse)
     return data, float(np.mean(unsolvable)), succeeded / tried
 
 
-def _ant_expert_chunk(world, tasks, count, rng, noise, threads):
+def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, steps, unfinished, lapse, threads):
     layout, task, field, share = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
     batch = AntBatch(world, layout, (padded[task], lengths[task]), rng, threads=threads)
     route = ant_routes(field, rng)
+    moved = np.flatnonzero(rng.random(count) < on_colour)
+    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng), rng)
     first = batch.observe()
     obs = np.zeros((count, world.limit + 1, first.shape[1]), dtype=np.float32)
     obs[:, 0] = first
     actions = np.zeros((count, world.limit, 8), dtype=np.float32)
     goal = np.full((count, world.limit), -1, dtype=np.int64)
     alive, success = np.arange(count), np.zeros(count, dtype=bool)
-    for t in range(world.limit):
+    for t in range(steps):
         torques = ant_expert(batch, route, alive)
         actions[alive, t], goal[alive, t] = torques, batch.goal()
         _, reward, done = batch.step(torques + noise * rng.standard_normal(torques.shape))
+        chance = displace if lapse == 1 else float((t + 1) % lapse == 0)
+        if chance:
+            moved = np.flatnonzero(~done & (rng.random(len(done)) < chance))
+            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
         obs[alive, t + 1] = batch.observe()
         success[alive[reward > 0]] = True
         alive = alive[~done]
         batch.select(~done)
         if not len(alive):
             break
+    success[alive] = unfinished
     return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls), success, share
+
+
+def make_batch(world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):
+    """Episodes of either kind of world that step together: `GridBatch` or `AntBatch`."""
+    if world.ant:
+        return AntBatch(world, layout, tasks, rng, roam, threads)
+    return GridBatch(world, layout, tasks, roam)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -97,9 +97,13 @@ class Config:
     weight_decay: float = 0.03  # in phase 1 (paper: in phase 2 too)
     obs_loss: float = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01)
     soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
-    noise: float = 0.0  # eps, random expert actions in phase 1 (paper)
+    noise: float = 0.0  # eps, random expert actions in phase 1 (paper); ant: deviation of torque noise (ours)
     displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
     on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
+    ant_steps: int = 80  # training episodes of the ant are cut after this many steps, finished or not (ours)
+    ant_lapse: int = 8  # ant: keep one step in so many, each after a jump, in most of the batches (ours)
+    ant_lapsed: float = 0.8  # share of the batches that are time-lapse (ours)
+    ant_reuse: int = 4  # times that an ant's trajectory is trained on, differently turned (ours)
     forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
@@ -146,28 +150,42 @@ class Config:
 
 
 CLASSROOM = Config()
-PRESETS = {
+PAPER = replace(
+    CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
+    relative_obs=False, init_scale=0.1, control_block=3, centred=False, pretrain_steps=256_000,
+    pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
+    displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
+    discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_blind=0, discover_held=0,
+    kl_weight=0.17, kl_ramp=(0, 1), rl_episodes=102_400_000, rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
+    policy_dim=256, raw_lr=3e-5,
+)  # fmt: skip
+GRID = {
     "classroom": CLASSROOM,
     "laptop": replace(
         CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
-        discover_blind=800, discover_held=1300, hold=12, discover_steps=3400, discover_batch=32, discover_lr=3e-3,
+        discover_blind=800, discover_held=1300, hold=12, discover_steps=6500, discover_batch=32, discover_lr=3e-3,
         kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000,
     ),
+    "paper": PAPER,
+}  # fmt: skip
+ANT = {
+    "classroom": replace(
+        CLASSROOM, world="ant", mlp=256, noise=0.05, displace=0.03, memory="none", pretrain_steps=3000,
+        pretrain_batch=64, pretrain_lr=5e-3, steer_steps=500, steer_batch=32, discover_steps=2000, discover_batch=32,
+        discover_lr=3e-3, rl_episodes=40_000, rl_batch=2048, eval_episodes=512, random_episodes=2048,
+    ),
     "paper": replace(
-        CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
-        relative_obs=False, init_scale=0.1, control_block=3, centred=False, pretrain_steps=256_000,
-        pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
-        displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
-        discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_blind=0, discover_held=0,
-        kl_weight=0.17,
-        kl_ramp=(0, 1), rl_episodes=102_400_000, rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
-        policy_dim=256, raw_lr=3e-5,
+        PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_lapsed=0.0,
+        ant_reuse=1, pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128,
+        discover_lr=3e-4, rl_episodes=13_107_200, rl_batch=256,
     ),
 }  # fmt: skip
+PRESETS = {"grid": GRID, "ant": ANT}
 FAST = {
     "pretrain_steps": 30, "pretrain_batch": 32, "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
-    "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 512, "rl_batch": 256,
-    "eval_episodes": 64, "random_episodes": 256, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
+    "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 256, "rl_batch": 128,
+    "eval_episodes": 32, "random_episodes": 128, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
+    "ant_steps": 20,
 }  # fmt: skip
 
 
@@ -199,6 +217,8 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
+    if not 0 <= c.ant_lapsed <= 1:
+        raise Failure(f"--ant_lapsed={c.ant_lapsed}: must be in [0, 1]")
     for name in ("rl_temperature", "policy_std", "init_scale"):
         if getattr(c, name) <= 0:
             raise Failure(f"--{name}={getattr(c, name)}: must be above 0")
@@ -373,6 +393,10 @@ class GridEmbedding(nn.Module):
             first_row = torch.arange(world.objects) * cells
         self.register_buffer("first_row", first_row, persistent=False)
 
+    def places(self, cells):
+        """Column and row of each colour, each wall and the agent in units of cells, (..., O + W + 1, 2)."""
+        return torch.stack([cells % self.world.size, cells // self.world.size], dim=-1) + 0.5
+
     def table(self):
         """One row per (object, place), (rows, D)."""
         if not self.relative:
@@ -388,17 +412,92 @@ class GridEmbedding(nn.Module):
         return F.embedding_bag(rows, self.table(), mode="sum").unflatten(0, cells.shape[:-1])
 
 
+class AntEmbedding(nn.Module):
+    """The ant's observation (B, T, F) -> (B, T, D).
+
+    Absolute: a linear map of the observation. Relative: the cells of colours, walls and ant go through
+    `GridEmbedding`; the body is seen in its own frame, together with the direction of each neighbouring cell's centre.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        world = envs.TASK_SETS[c.world]
+        self.size, self.parts, self.relative = world.size, envs.ant_slices(world), c.relative_obs
+        self.cells = GridEmbedding(c) if self.relative else None
+        self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, c.dim)
+
+    def forward(self, obs):
+        if not self.relative:
+            return self.body(obs)
+        height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
+        column, row = self.places(obs).floor().long().clamp(0, self.size - 1).unbind(-1)
+        # Vectors of the plane as complex numbers, turned into the frame of the torso.
+        w, x, y, z = (orientation.sign() * orientation.abs().expm1()).unbind(-1)
+        yaw = torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+        centres = torch.tensor([[0, 2], [0, -2], [-2, 0], [2, 0]], dtype=obs.dtype, device=obs.device)
+        steps = F.normalize(centres - local[..., None, :], dim=-1)  # towards the centre above, below, left, right
+        plane = torch.cat([velocity[..., None, :2], local[..., None, :], steps], dim=-2).contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(plane) * torch.polar(torch.ones_like(yaw), -yaw)[..., None])
+        tilt = torch.stack([w * x + y * z, w * y - x * z], dim=-1)
+        body = torch.cat([height, tilt, joints, velocity[..., 2:], turned.flatten(-2)], dim=-1)
+        return self.cells(row * self.size + column) + self.body(body)
+
+    def places(self, obs):
+        """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
+        xy, things = obs[..., None, self.parts["xy"]], obs[..., self.parts["things"]].unflatten(-1, (-1, 2))
+        return (1 + torch.cat([xy + things, xy], dim=-2) * obs.new_tensor([1, -1])) * self.size / 2
+
+
+class Categorical(nn.Linear):
+    """Action head of the grid: logits (..., 4) of the four moves."""
+
+    def __init__(self, c: Config):
+        super().__init__(c.dim, 4)
+
+    def nll(self, logits, episodes, run: Run, soft: bool):
+        target = run.tensor(episodes.expert)
+        if not soft:
+            target = F.one_hot(run.tensor(episodes.actions), 4).float()
+        return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+
+    def log_prob(self, logits, action, temperature: float = 1.0):
+        return F.log_softmax(logits / temperature, dim=-1).gather(-1, action[..., None])[..., 0]
+
+    def sample(self, logits, temperature: float, generator):
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+
+
+class Gaussian(nn.Linear):
+    """Action head of the ant: mean (..., 8) of the torques; their deviation is learned and the same everywhere."""
+
+    def __init__(self, c: Config):
+        super().__init__(c.dim, 8)
+        self.log_std = nn.Parameter(torch.full((8,), -1.0))
+
+    def nll(self, mean, episodes, run: Run, soft: bool):
+        return -self.log_prob(mean, run.tensor(episodes.actions))
+
+    def log_prob(self, mean, action, temperature: float = 1.0):
+        return gaussian_log_prob(action, mean, self.log_std + math.log(temperature))
+
+    def sample(self, mean, temperature: float, generator):
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + temperature * self.log_std.exp() * noise
+
+
 class BaseModel(nn.Module):
     """The causal sequence model that is pretrained, then frozen. `lower` ends where the controller acts."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.control_block = c.control_block
-        self.embed = GridEmbedding(c)
+        world = envs.TASK_SETS[c.world]
+        self.embed = AntEmbedding(c) if world.ant else GridEmbedding(c)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
-        self.action_head = nn.Linear(c.dim, 4)
-        self.next_head = nn.Linear(c.dim, envs.TASK_SETS[c.world].size ** 2)  # the agent's next cell: all that moves
+        self.action_head = Gaussian(c) if world.ant else Categorical(c)
+        # What moves: the ant's observation, or on the grid the agent's cell.
+        self.next_head = nn.Linear(c.dim, envs.ant_slices(world)["local"].stop if world.ant else world.size**2)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
@@ -415,11 +514,11 @@ class BaseModel(nn.Module):
         return x, state
 
     def lower(self, cells, keep, state=None):
-        """cells (B, T, O + W + 1), keep (B, T) -> residual (B, T, D), state."""
+        """Observations as cells (B, T, O + W + 1) | (B, T, F), keep (B, T) -> residual (B, T, D), state."""
         return self._run(range(self.control_block), self.embed(cells), keep, state)
 
     def upper(self, residual, keep, state=None):
-        """residual (B, T, D), keep (B, T) -> action logits (B, T, 4), state."""
+        """residual (B, T, D), keep (B, T) -> action logits (B, T, 4) | mean torques (B, T, 8), state."""
         x, state = self._run(range(self.control_block, len(self.blocks)), residual, keep, state)
         return self.action_head(self.norm(x)), state
 
@@ -583,6 +682,7 @@ class Run:
         self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
         self.world = envs.TASK_SETS[config.world]
         self.phase, self.started, self.shown = "", time.time(), 0.0
+        self.test_episodes = None
 
     def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
         """Begin a phase: seed everything for it; returns a numpy and a torch generator."""
@@ -621,38 +721,65 @@ class Run:
 
 
 class ExpertData:
-    """Endless batches of fresh expert trajectories; each batch holds episodes of similar length (less padding)."""
+    """Endless batches of expert trajectories; each batch holds episodes of similar length (less padding).
 
-    def __init__(self, run: Run, rng: np.random.Generator, batch: int, noise: float = 0.0):
-        self.world, self.rng, self.batch = run.world, rng, batch
-        self.options = noise, run.config.displace, run.config.on_colour
-        self.queue: list[envs.Episodes] = []
+    Fresh ones on the grid. The ant's, which cost a simulation, are used `ant_reuse` times, each time turned.
+    """
 
-    def next(self) -> envs.Episodes:
+    def __init__(self, run: Run, rng: np.random.Generator, batch: int):
+        self.run, self.rng, self.batch = run, rng, batch
+        self.queue: list = []
+
+    def next(self):
+        c, world = self.run.config, self.run.world
         if not self.queue:
-            pool = max(self.batch, 4096 // self.batch * self.batch)
-            episodes, _ = envs.expert_episodes(self.world, self.world.pretrain, pool, self.rng, *self.options)
+            pool = self.batch * (8 if world.ant else max(1, 4096 // self.batch))
+            noise = c.noise if world.ant or self.run.phase == "pretrain" else 0.0  # else clean, as in the paper
+            if world.ant:
+                lapse = c.ant_lapse if self.rng.random() < c.ant_lapsed else 1
+                options = noise, c.displace, c.on_colour, min(world.limit, lapse * c.ant_steps), lapse
+                episodes = ant_episodes(self.run, world.pretrain, pool, self.rng, *options)[0]
+            else:
+                options = noise, c.displace, c.on_colour
+                episodes = envs.expert_episodes(world, world.pretrain, pool, self.rng, *options)[0]
             order = np.argsort(episodes.mask.sum(axis=1), kind="stable").reshape(-1, self.batch)
-            self.queue = [episodes.take(order[i]) for i in self.rng.permutation(len(order))]
-        return self.queue.pop()
+            uses = c.ant_reuse if world.ant else 1
+            self.queue = [episodes.take(order[i]) for _ in range(uses) for i in self.rng.permutation(len(order))]
+        episodes = self.queue.pop()
+        if world.ant:
+            episodes = episodes.turned(world, *self.rng.integers(4, size=(2, self.batch)))
+        return episodes
+
+
+def ant_episodes(run: Run, tasks, count: int, rng, *options):
+    """The ant's expert with as many threads as PyTorch has."""
+    return envs.ant_expert_episodes(run.world, tasks, count, rng, *options, threads=torch.get_num_threads())
 
 
 def held_out(run: Run) -> envs.Episodes:
     """Expert trajectories for evaluation: clean, the same for every seed, never trained on."""
-    rng = np.random.default_rng(10**9 + STREAMS["test"])
-    return envs.expert_episodes(run.world, run.world.pretrain, run.config.eval_episodes, rng)[0]
+    if not run.test_episodes:
+        rng = np.random.default_rng(10**9 + STREAMS["test"])
+        tasks, count = run.world.pretrain, run.config.eval_episodes
+        if run.world.ant:  # without noise the torques are a little too regular
+            run.test_episodes = ant_episodes(run, tasks, count, rng, run.config.noise)[0]
+        else:
+            run.test_episodes = envs.expert_episodes(run.world, tasks, count, rng)[0]
+    return run.test_episodes
 
 
-def action_nll(logits, episodes: envs.Episodes, run: Run, soft: bool = True):
-    """-ln p(action) of the expert, expected over its choice (soft) or for the one it took, (B, T); 0 in padding."""
-    target = run.tensor(episodes.expert)
-    if not soft:
-        target = F.one_hot(run.tensor(episodes.actions), 4).float()
-    return -(target * F.log_softmax(logits, dim=-1)).sum(-1) * run.tensor(episodes.mask)
+def action_nll(base: BaseModel, output, episodes, run: Run, soft: bool = True):
+    """-ln p(action) of the expert under the head's output, expected over its choice (soft) or for the one it took.
+
+    (B, T) nats, 0 in padding. The ant's expert has one choice.
+    """
+    return base.action_head.nll(output, episodes, run, soft) * run.tensor(episodes.mask)
 
 
 def expert_entropy(episodes: envs.Episodes) -> float:
-    """The expert's own tie-breaking entropy: the loss of one who knows the task, nats per episode."""
+    """The expert's own tie-breaking entropy: the loss of one who knows the task, nats per episode; 0 for the ant."""
+    if isinstance(episodes, envs.AntEpisodes):
+        return 0.0
     p = np.maximum(episodes.expert, 1e-12)
     return float(-(p * np.log(p) * episodes.mask[..., None]).sum() / len(episodes.mask))
 
@@ -721,15 +848,19 @@ def random_memory(c: Config, shape, generator):
 def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep, keep_lower):
     """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
     c = run.config
-    cells = run.tensor(episodes.cells())
+    cells = run.tensor(episodes.inputs())
     residual, _ = base.lower(cells[:, :-1], keep_lower)
     if not c.obs_loss:
-        nll = action_nll(base.upper(residual, keep)[0], episodes, run, c.soft_targets).sum(1).mean()
+        nll = action_nll(base, base.upper(residual, keep)[0], episodes, run, c.soft_targets).sum(1).mean()
         return nll, {"nll": nll.item()}
     x, _ = base._run(range(c.control_block, c.layers), residual, keep, None)
     x = base.norm(x)
-    nll = action_nll(base.action_head(x), episodes, run, c.soft_targets).sum(1).mean()
-    surprise = F.cross_entropy(base.next_head(x).transpose(1, 2), cells[:, 1:, -1], reduction="none")
+    nll = action_nll(base, base.action_head(x), episodes, run, c.soft_targets).sum(1).mean()
+    guess = base.next_head(x)
+    if run.world.ant:  # a Gaussian of standard deviation 1, without its constant
+        surprise = 0.5 * (guess - cells[:, 1:]).square().sum(-1)
+    else:
+        surprise = F.cross_entropy(guess.transpose(1, 2), cells[:, 1:, -1], reduction="none")
     surprise = (surprise * run.tensor(episodes.mask)).sum(1).mean()
     return nll + c.obs_loss * surprise, {"nll": nll.item(), "obs_nll": surprise.item()}
 
@@ -739,9 +870,8 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
     c = run.config
     rng, generator = run.start("pretrain")
     base = BaseModel(c).to(run.device)
-    data = ExpertData(run, rng, c.pretrain_batch, c.noise)
+    data = ExpertData(run, rng, c.pretrain_batch)
     test = held_out(run)
-    floor = bayes_floor(run.world, test)
     optimisers, schedulers = make_optimisers(c, base, c.pretrain_lr, c.pretrain_steps)
     for step in range(1, c.pretrain_steps + 1):
         episodes = data.next()
@@ -757,10 +887,29 @@ def pretrain(run: Run) -> tuple[BaseModel, dict]:
                 step, c.pretrain_steps, "steps", nats_per_episode=stats["nll"], nats_per_step=stats["nll"] / length
             )
     base.requires_grad_(False)
-    excess = base_loss(run, base, test, keep=1.0) - floor
-    check_finite("pretrain", base_excess_nats=excess)
+    metrics = {"base_nll_nats": base_loss(run, base, test, keep=1.0), "minutes_pretrain": run.seconds() / 60}
+    check_finite("pretrain", **metrics)
+    return base, metrics | (ant_metrics(run, base) if run.world.ant else bayes_metrics(run, test, metrics))
+
+
+def bayes_metrics(run: Run, test: envs.Episodes, metrics: dict) -> dict:
+    """Grid: how far the base is from the best possible predictor."""
+    floor = bayes_floor(run.world, test)
+    excess = metrics["base_nll_nats"] - floor
     run.say(f"base: {excess:.3f} nats per episode above the Bayes floor of {floor:.2f}")
-    return base, {"base_excess_nats": excess, "bayes_floor_nats": floor, "minutes_pretrain": run.seconds() / 60}
+    return {"base_excess_nats": excess, "bayes_floor_nats": floor}
+
+
+def ant_metrics(run: Run, base: BaseModel) -> dict:
+    """Ant: the expert's success, and whether the base left alone walks: a clone may look perfect and stand still."""
+    c = run.config
+    rng, generator = run.start("evaluate")
+    result = rollout(run, base, RawPilot(), c.eval_episodes, rng, generator)
+    metrics = {"base_reach": float((result.visits > 0).mean())}
+    for name, tasks in (("expert_success", run.world.pretrain), ("expert_post_success", [run.world.post])):
+        metrics[name] = ant_episodes(run, tasks, c.eval_episodes, rng, c.noise)[2]
+    run.say("ant: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    return metrics
 
 
 @torch.no_grad()
@@ -770,7 +919,7 @@ def base_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep: float) -
     for part in np.array_split(np.arange(len(episodes.mask)), max(1, len(episodes.mask) // 256)):
         chunk = episodes.take(part)
         kept = torch.full(chunk.mask.shape, keep, device=run.device)
-        total += action_nll(base(run.tensor(chunk.cells()[:, :-1]), kept), chunk, run).sum().item()
+        total += action_nll(base, base(run.tensor(chunk.inputs()[:, :-1]), kept), chunk, run).sum().item()
     return total / len(episodes.mask)
 
 
@@ -810,7 +959,7 @@ def probe(run: Run, base: BaseModel) -> list[float]:
     subgoal, _ = subgoals(run.world, episodes)
     mask = run.tensor(episodes.mask)
     keep = torch.ones(episodes.mask.shape, device=run.device)
-    streams = base.residuals(run.tensor(episodes.cells()[:, :-1]), keep)
+    streams = base.residuals(run.tensor(episodes.inputs()[:, :-1]), keep)
     labels = run.tensor(subgoal)[mask]
     return [fit_readout(run, stream[mask], labels) for stream in streams]
 
@@ -832,7 +981,7 @@ def mean_residual(run: Run, base: BaseModel):
     if not run.config.centred:
         return torch.zeros(run.config.dim, device=run.device)
     episodes = held_out(run)
-    return lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))[run.tensor(episodes.mask)].mean(0)
+    return lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))[run.tensor(episodes.mask)].mean(0)
 
 
 def steer(run: Run, base: BaseModel) -> tuple[Labels, dict]:
@@ -845,11 +994,11 @@ def steer(run: Run, base: BaseModel) -> tuple[Labels, dict]:
     for step in range(1, c.steer_steps + 1):
         episodes = data.next()
         subgoal, changed = subgoals(run.world, episodes)
-        residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
+        residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
         controller = labels.controller(run.tensor(np.maximum(subgoal, 0)))
         keep = memory_after(run.tensor(changed).float(), c.memory)
         logits, _ = base.upper(apply_controller(residual, controller, labels.mean), keep)
-        loss = action_nll(logits, episodes, run).sum(1).mean()
+        loss = action_nll(base, logits, episodes, run).sum(1).mean()
         update(labels, loss / episodes.mask.shape[1], [optimiser], [scheduler])
         if step % 50 == 0 or step == c.steer_steps:
             run.log(step, c.steer_steps, "steps", excess=loss.item() - expert_entropy(episodes))
@@ -961,8 +1110,8 @@ class Result(NamedTuple):
     reward: torch.Tensor  # (N,)
     visited: np.ndarray  # (N, T) colour visited by each step, else -1
     switched: np.ndarray  # (N, T) open gates
-    cells: np.ndarray  # (N, T, O + W + 1) observations, empty unless recorded
-    actions: torch.Tensor  # (N, T)
+    inputs: np.ndarray  # (N, T, O + W + 1) | (N, T, F) observations, empty unless recorded
+    actions: torch.Tensor  # (N, T) | (N, T, 8), empty unless recorded
     log_prob: torch.Tensor  # (N, T) of the sampled actions
     mask: np.ndarray  # (N, T) steps that were lived
     steps: int  # model steps computed: the sum of the mask, since the dead are dropped
@@ -978,13 +1127,15 @@ def join_results(parts: list[Result]) -> Result:
     T = max(part.mask.shape[1] for part in parts)
 
     def pad(value, fill):
+        if not value.shape[1]:  # not recorded
+            return value
         if isinstance(value, np.ndarray):
             return np.pad(value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill)
-        return F.pad(value, (0, T - value.shape[1]), value=fill)
+        return F.pad(value, [0, 0] * (value.ndim - 2) + [0, T - value.shape[1]], value=fill)
 
     columns = {name: [getattr(part, name) for part in parts] for name in Result._fields}
     joined = {"reward": torch.cat(columns["reward"]), "steps": sum(columns["steps"])}
-    for name, fill in (("visited", -1), ("switched", 0), ("cells", 0), ("mask", 0)):
+    for name, fill in (("visited", -1), ("switched", 0), ("inputs", 0), ("mask", 0)):
         joined[name] = np.concatenate([pad(value, fill) for value in columns[name]])
     for name in ("actions", "log_prob"):
         joined[name] = torch.cat([pad(value, 0) for value in columns[name]])
@@ -1004,7 +1155,7 @@ def rollout(
     for start in range(0, count, chunk):
         B = min(chunk, count - start)
         layout, _, _, _ = envs.solvable_layouts(run.world, [run.world.post], B, rng)
-        batch = envs.GridBatch(run.world, layout, [run.world.post] * B, roam=roam)
+        batch = envs.make_batch(run.world, layout, [run.world.post] * B, rng, roam, torch.get_num_threads())
         parts.append(_rollout_chunk(run, base, pilot, batch, generator, temperature, record))
     return join_results(parts)
 
@@ -1014,28 +1165,28 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
     B, T = len(batch), run.world.limit
     visited = np.full((B, T), -1, dtype=np.int8)
     switched, mask = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
-    cells = np.zeros((B, T if record else 0, run.world.objects), dtype=np.int64)
-    actions = torch.zeros(B, T, dtype=torch.long, device=run.device)
+    inputs, actions = [], []
     log_prob, reward = torch.zeros(B, T, device=run.device), torch.zeros(B, device=run.device)
     alive, state = np.arange(B), base.initial(B)
     pilot.begin(B, run)
     for t in range(T):
-        seen = batch.cells()
+        seen = batch.inputs()
         rows = run.tensor(alive)
         keep_lower = torch.full((len(alive), 1), 1.0 if pilot.memory == "full" else -1.0, device=run.device)
         residual, state = base.lower(run.tensor(seen)[:, None], keep_lower, state)
         controlled, opened = pilot.steer(residual[:, 0], batch, alive)
         keep = (1 - opened)[:, None] if pilot.memory == "segment" else keep_lower
-        logits, state = base.upper(controlled[:, None], keep, state)
-        log_p = F.log_softmax(logits[:, 0] / temperature, dim=-1)
-        if not log_p.isfinite().all():
-            raise Failure(f"{run.phase}: the model's action probabilities are no numbers; lower the learning rate", 1)
-        action = torch.multinomial(log_p.exp(), 1, generator=generator)
-        visit, gain, done = batch.step(action[:, 0].cpu().numpy())
+        output, state = base.upper(controlled[:, None], keep, state)
+        if not output.isfinite().all():
+            raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
+        action = base.action_head.sample(output[:, 0], temperature, generator)
+        visit, gain, done = batch.step(action.cpu().numpy())
         visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
         if record:
-            cells[alive, t] = seen
-        actions[rows, t], log_prob[rows, t] = action[:, 0], log_p.gather(1, action)[:, 0]
+            inputs.append(np.zeros((B, *seen.shape[1:]), dtype=seen.dtype))
+            actions.append(action.new_zeros(B, *action.shape[1:]))
+            inputs[t][alive], actions[t][rows] = seen, action
+            log_prob[rows, t] = base.action_head.log_prob(output[:, 0], action, temperature)
         reward[rows] += run.tensor(gain)
         if done.any():  # drop the dead
             alive, kept = alive[~done], run.tensor(~done)
@@ -1049,8 +1200,8 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
         reward,
         visited[:, :T],
         switched[:, :T],
-        cells[:, :T],
-        actions[:, :T],
+        np.stack(inputs, axis=1) if record else np.zeros((B, 0)),
+        torch.stack(actions, dim=1) if record else torch.zeros(B, 0),
         log_prob[:, :T],
         mask[:, :T],
         int(mask.sum()),
@@ -1068,9 +1219,12 @@ def mirrored(run: Run, episodes: envs.Episodes, generator):
     A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones:
     a code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
     """
-    cells = run.tensor(episodes.cells())
     if not run.config.mirror:
-        return cells
+        return run.tensor(episodes.inputs())
+    if run.world.ant:
+        turns, legs = torch.randint(4, (2, len(episodes.mask)), generator=generator, device=run.device).cpu().numpy()
+        return run.tensor(envs.turn_ant(run.world, episodes.inputs(), turns, legs))
+    cells = run.tensor(episodes.inputs())
     table = run.tensor(envs.mirror_table(run.world.size))
     symmetry = torch.randint(len(table), (len(cells), 1, 1), generator=generator, device=run.device)
     return table[symmetry, cells]
@@ -1094,7 +1248,7 @@ def discovery_loss(
     """
     c = run.config
     mask = run.tensor(episodes.mask)
-    residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
+    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
     mean, log_std = posterior(run, base, meta, episodes, generator)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     hold = None
@@ -1103,7 +1257,7 @@ def discovery_loss(
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hold)
     keep = memory_after(gate if stage == "free" else gate.detach(), "none" if stage == "blind" else c.memory)
     logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
-    nll = action_nll(logits, episodes, run, c.soft_targets).sum(1).mean()
+    nll = action_nll(base, logits, episodes, run, c.soft_targets).sum(1).mean()
     kl = (code_kl(mean, log_std) * mask).sum(1).mean()
     stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
     return nll + kl_weight * kl, stats
@@ -1134,17 +1288,17 @@ def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
     return meta, metrics
 
 
-def share_near(marks: np.ndarray, others: np.ndarray) -> float:
-    """Share of `marks` (N, T) with one of `others` at most one step away; 0 where there are none."""
-    wide = np.pad(others, ((0, 0), (1, 1)))
-    near = wide[:, :-2] | wide[:, 1:-1] | wide[:, 2:]
+def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int = 1) -> float:
+    """Share of `marks` (N, T) with one of `others` at most `tolerance` steps away; 0 where there are none."""
+    wide = np.pad(others, ((0, 0), (tolerance, tolerance)))
+    near = np.lib.stride_tricks.sliding_window_view(wide, 2 * tolerance + 1, axis=1).any(axis=-1)
     return float((marks & near).sum() / max(1, marks.sum()))
 
 
 @torch.no_grad()
 def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
     """Codes and gates with the gate rounded as in phase 3, and the KL: (B, T, Z), (B, T), (B, T)."""
-    residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
+    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
     mean, log_std = posterior(run, base, meta, episodes, generator)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hard=True)
@@ -1153,7 +1307,7 @@ def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.E
 
 @torch.no_grad()
 def switch_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
-    """Switches against true subgoal changes (+-1 step, first step excluded), and what the codes mean.
+    """Switches against true subgoal changes (+-1 step, ant: +-5; first step excluded), and what the codes mean.
 
     Beside them a random switcher of the same rate, and the read-out of the true subgoal and of the expert's next
     action from the code at a switch, by a small MLP, on layouts it has not seen.
@@ -1169,17 +1323,21 @@ def switch_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
     later[:, 0] = False
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at = run.tensor(adopted)
-    return {
-        "switch_precision": share_near(switched, changed),
-        "switch_recall": share_near(changed, switched),
-        "random_switch_precision": share_near(by_chance, changed),
-        "random_switch_recall": share_near(changed, by_chance),
+    tolerance = 5 if run.world.ant else 1
+    metrics = {
+        "switch_precision": share_near(switched, changed, tolerance),
+        "switch_recall": share_near(changed, switched, tolerance),
+        "random_switch_precision": share_near(by_chance, changed, tolerance),
+        "random_switch_recall": share_near(changed, by_chance, tolerance),
         "switches_per_episode": float(switched.sum() / len(switched)),
         "true_changes_per_episode": float(changed.sum() / len(changed)),
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
-        "action_from_code_accuracy": fit_readout(run, code[at], run.tensor(episodes.expert.argmax(-1))[at], hidden=64),
     }
+    if not run.world.ant:
+        best = run.tensor(episodes.expert.argmax(-1))
+        metrics["action_from_code_accuracy"] = fit_readout(run, code[at], best[at], hidden=64)
+    return metrics
 
 
 def random_code_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
@@ -1349,7 +1507,7 @@ class RawLearner:
 
     def collect(self, count: int, rng, generator) -> Batch:
         result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
-        cells, mask = self.run.tensor(result.cells), self.run.tensor(result.mask).float()
+        cells, mask = self.run.tensor(result.inputs), self.run.tensor(result.mask).float()
         return Batch(cells, result.actions, result.log_prob, mask, result.reward)
 
     def log_prob(self, inputs, chosen):
@@ -1359,8 +1517,7 @@ class RawLearner:
 
     def _log_prob(self, inputs, chosen):
         keep = torch.ones(inputs.shape[:2], device=inputs.device)
-        log_p = F.log_softmax(self.model(inputs, keep), dim=-1)
-        return log_p.gather(-1, chosen[..., None])[..., 0]
+        return self.model.action_head.log_prob(self.model(inputs, keep), chosen)
 
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
@@ -1461,7 +1618,7 @@ def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -
     _, generator = run.start("figures")
     episodes = held_out(run).take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
-    residual = lower_residual(run, base, run.tensor(episodes.cells()[:, :-1]))
+    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
     mean, _ = posterior(run, base, meta, episodes, generator)
     gate = meta.integrate(residual, mean)[1].cpu().numpy()
     figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
@@ -1498,15 +1655,16 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
     result = rollout(run, base, pilot, 16, rng, generator, run.config.rl_temperature, record=True)
     i = int(result.reward.argmax())  # a solved one if there is one
     steps, world = int(result.mask[i].sum()), run.world
-    cells = result.cells[i, :steps]
-    content = np.full(world.size**2, -1)
-    content[cells[0, :-1]] = np.arange(world.objects - 1)
-    picture = envs.grid_picture(world, content, int(cells[0, -1]))
+    places = base.embed.places(run.tensor(result.inputs[i, :steps])).cpu().numpy() - 0.5  # (steps, things, 2)
+    column, row = places[:, -1].T
+    content = np.full((world.size, world.size), -1)
+    for thing, (x, y) in enumerate(places[0, :-1].round().astype(int)):
+        content[y, x] = thing
+    picture = envs.cell_picture(world, content.reshape(-1), 24)
     figure, axis = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     axis.imshow(picture, extent=(-0.5, world.size - 0.5, world.size - 0.5, -0.5))
-    row, column = np.divmod(cells[:, -1], world.size)
     held = np.cumsum(result.switched[i, :steps]) - 1
-    jitter = (held - held.max() / 2) * 0.06  # so that the legs do not hide each other
+    jitter = (held - held.max() / 2) * (0 if world.ant else 0.06)  # so that the legs do not hide each other
     for code in range(held.max() + 1):
         part = np.flatnonzero(held == code)
         part = np.append(part, part[-1] + 1)[: steps - part[0]]
@@ -1519,8 +1677,8 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
         xticks=[],
         yticks=[],
     )
-    for colour, cell in enumerate(cells[0, : world.colours]):
-        axis.text(cell % world.size - 0.4, cell // world.size - 0.3, str(colour), fontweight="bold")
+    for colour, (x, y) in enumerate(places[0, : world.colours]):
+        axis.text(x - 0.4, y - 0.3, str(colour), fontweight="bold")
     axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -1610,6 +1768,8 @@ SEED_KEYS = (
     "random_switch_recall", "unseen_transition_probability", "random_code_success", "counting_success",
     "code_accuracy", "internal_rl_success", "raw_rl_success", "episodes", "minutes",
 )  # fmt: skip
+NORMALISED = "steer_success", "internal_rl_success", "raw_rl_success"  # the ant's also by its expert's success
+ANT_KEYS = "base_reach", "expert_success", "expert_post_success", *(f"{key}_normalised" for key in NORMALISED)
 
 
 def wanted_stages(phase: str) -> list[str]:
@@ -1633,6 +1793,9 @@ def run_seed(run: Run, phase: str, figures: bool) -> dict:
     for stage in ORDER:
         if stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists():
             metrics |= run_stage(run, stage, models)
+    if run.world.ant:
+        expert = max(metrics["expert_post_success"], 1e-9)
+        metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     if figures and "discover" in models:
@@ -1673,7 +1836,7 @@ def benchmark(device: torch.device) -> dict:
     out["expert_episodes_per_second"] = 4096 / seconds_per_call(
         lambda: envs.expert_episodes(world, world.pretrain, 4096, rng), 3
     )
-    c = replace(PRESETS["paper"], pretrain_batch=64, discover_batch=64)
+    c = replace(PAPER, pretrain_batch=64, discover_batch=64)
     run = Run(c, 0, device, quiet=True)
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(0)
@@ -1696,7 +1859,7 @@ def benchmark(device: torch.device) -> dict:
 
     out["discover_step_seconds"] = seconds_per_call(discover_step, 5)
     out["discover_over_pretrain"] = out["discover_step_seconds"] / out["pretrain_step_seconds"]
-    run = Run(PRESETS["laptop"], 0, device, quiet=True)
+    run = Run(GRID["laptop"], 0, device, quiet=True)
     base, meta = BaseModel(run.config), Metacontroller(run.config, torch.zeros(run.config.dim))
     for roam in (False, True):  # episodes that end early must cost less
         started = time.perf_counter()
@@ -1756,8 +1919,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Internal RL (arXiv 2512.20605): pretrain, discover, reinforce inside the model.",
         allow_abbrev=False,
     )
-    parser.add_argument("--env", choices=["grid"], default="grid", help="which tasks")
-    parser.add_argument("--preset", choices=list(PRESETS), default="classroom", help="sizes and schedules")
+    parser.add_argument("--env", choices=list(PRESETS), default="grid", help="which tasks")
+    parser.add_argument("--preset", choices=list(GRID), default="classroom", help="sizes and schedules")
     parser.add_argument("--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run")
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
@@ -1775,7 +1938,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_config(args) -> Config:
-    config = PRESETS[args.preset]
+    if args.preset not in PRESETS[args.env]:
+        raise Failure(f"--preset {args.preset}: --env {args.env} has {', '.join(PRESETS[args.env])}")
+    config = PRESETS[args.env][args.preset]
     if args.fast:
         config = replace(config, **FAST)
     given = {
@@ -1785,6 +1950,8 @@ def make_config(args) -> Config:
     }
     config = replace(config, **given)
     check_config(config)
+    if envs.TASK_SETS[config.world].ant != (args.env == "ant"):
+        raise Failure(f"--world={config.world}: not a world of --env {args.env}")
     return config
 
 
@@ -1876,7 +2043,7 @@ def run_command(args, argv) -> int:
         prepare_folder(run.out, config, run.seed)
         metrics = run_seed(run, args.phase, not args.no_figures)
         print_summary(metrics)
-        entries.append({key: metrics[key] for key in SEED_KEYS if key in metrics})
+        entries.append({key: metrics[key] for key in (*SEED_KEYS, *ANT_KEYS) if key in metrics})
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}

@@ -515,16 +515,22 @@ def expert_data(noise=0.0):
 
 
 def test_routes_are_shortest_paths():
-    """Each route takes as many cells as the distance field says, and all of several shortest ways are taken."""
-    layout = envs.sample_layouts(ANT, 40, np.random.default_rng(0))
-    field = envs.distance_fields(ANT, layout)
-    routes = [envs.ant_routes(field, np.random.default_rng(seed)) for seed in range(20)]
-    for i, colour, cell in np.argwhere((field > 0) & (field < envs.FAR)):
-        after = {route[i, colour, cell] for route in routes}
-        neighbours = {c for c in envs.neighbour_table(4)[cell] if field[i, colour, c] == field[i, colour, cell] - 1}
-        assert after <= neighbours and (after == neighbours or len(neighbours) > 1)
-    ties = [{route[i, colour, cell] for route in routes} for i, colour, cell in np.argwhere(field == 3)]
-    assert max(len(after) for after in ties) > 1
+    """Each route takes as many cells as the distance field says; a tie is decided by the goal alone, and in a world
+    turned to the left by the turned goal, but for opposite ways, of which each is taken at times."""
+    layout = envs.sample_layouts(ANT, 200, np.random.default_rng(0))
+    turned = envs.Layout(*(envs.mirror_table(4)[1][part] for part in layout))
+    fields = [envs.distance_fields(ANT, where) for where in (layout, turned)]
+    routes, others = (np.stack([envs.ant_routes(f, np.random.default_rng(s)) for s in range(8)]) for f in fields)
+    neighbour, fixed, free = envs.neighbour_table(4), 0, 0
+    for i, colour, cell in np.argwhere((fields[0] > 0) & (fields[0] < envs.FAR)):
+        best = {c for c in neighbour[cell] if fields[0][i, colour, c] == fields[0][i, colour, cell] - 1}
+        after = set(routes[:, i, colour, cell])
+        opposite = best in ({cell - 1, cell + 1}, {cell - 4, cell + 4})
+        assert after <= best and (len(after) == 1 or opposite)
+        if len(best) > 1 and not opposite:
+            assert set(others[:, i, colour, envs.mirror_table(4)[1][cell]]) == {envs.mirror_table(4)[1][after.pop()]}
+        fixed, free = fixed + (len(best) > 1 and not opposite), free + (opposite and len(after) == 2)
+    assert fixed > 100 and free > 0
 
 
 @pytest.mark.parametrize("direction", [0.0, 2.0, -2.5])
@@ -579,7 +585,7 @@ def test_recorded_torques_are_clean(monkeypatch):
     monkeypatch.setattr(envs, "trot", lambda *a: clean.append(trot(*a)) or clean[-1].copy())
     monkeypatch.setattr(envs, "ant_simulate", lambda *a: executed.append(a[1].copy()) or simulate(*a))
     rng = np.random.default_rng(0)
-    data = envs._ant_expert_chunk(replace(ANT, limit=30), ANT.pretrain, 40, rng, 0.1, 1)[0]
+    data = envs._ant_expert_chunk(replace(ANT, limit=30), ANT.pretrain, 40, rng, 0.1, 0, 0, 30, False, 1, 1)[0]
     for t, torques in enumerate(clean):
         assert np.array_equal(data.actions[data.mask[:, t], t], torques.astype(np.float32))
     noise = [b - a for a, b in zip(clean, executed)]
@@ -587,6 +593,81 @@ def test_recorded_torques_are_clean(monkeypatch):
     together = data.mask.all(axis=1)  # the episodes still alive at the end
     rows = np.array([n[together[data.mask[:, t]]] for t, n in enumerate(noise)])
     assert abs(np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("how", ["displace", "on_colour"])
+def test_displaced_ants(how):
+    """Jumps go to a cell that is no wall and not the goal and are no visit; with on_colour most episodes start on a
+    colour that is not the first goal. The body goes on as it was, and the task is solved in order all the same."""
+    data = envs.ant_expert_episodes(
+        ANT, ANT.pretrain, 40, np.random.default_rng(0), 0.05, **{how: 0.03 if how == "displace" else 0.9}
+    )[0]
+    started, jumps = 0, 0
+    for i, steps in enumerate(data.lengths()):
+        x, y = data.xy(ANT)[i, : steps + 1].T
+        cells = (np.clip((2.5 - y) // 1.25, 0, 3) * 4 + np.clip((x + 2.5) // 1.25, 0, 3)).astype(int)
+        pursued = data.goal[i, :steps]
+        assert pursued[np.flatnonzero(np.diff(pursued, prepend=-2))].tolist() == list(ANT.pretrain[data.task[i]])
+        assert cells[0] != data.colours[i, pursued[0]] and data.walls[i, 0] not in cells
+        started += cells[0] in data.colours[i]
+        jumped = np.flatnonzero(np.hypot(np.diff(x), np.diff(y)) > 0.4) + 1
+        jumped = jumped[jumped < steps]
+        assert (cells[jumped] != data.colours[i, pursued[jumped]]).all()
+        assert np.abs(np.diff(data.obs[i, :steps, :13], axis=0)).max() < 0.5  # the pose goes on smoothly
+        jumps += len(jumped)
+    assert (jumps > 40) == (how == "displace") and (started > 20) == (how == "on_colour")
+
+
+def test_time_lapse():
+    """One step in 8 of unfinished episodes, each but the first right after a jump: the torso keeps the velocity it had
+    and is somewhere else; the torques are those of the trot from there."""
+    rng = np.random.default_rng(0)
+    data = envs.ant_expert_episodes(ANT, ANT.pretrain, 20, rng, 0.05, steps=96, lapse=8)[0]
+    assert data.mask.shape[1] == 12 and data.obs.shape[1] == 13 and data.mask.mean() > 0.8
+    moved = np.linalg.norm(np.diff(data.xy(ANT)[:, :12], axis=1), axis=-1)[data.mask[:, 1:]]
+    assert (moved > 0.6).mean() > 0.5  # in 8 steps it walks 0.4 m
+    speed = np.expm1(np.abs(data.obs[:, 2:12, 13:15])).max(axis=-1)[data.mask[:, 2:]]
+    assert np.median(speed) > 0.5
+    for i, steps in enumerate(data.lengths()):  # what follows the last step kept is the episode's end, not zeros
+        assert data.obs[i, steps].any() and data.mask[i, :steps].all()
+
+
+def test_turned_ant_is_the_same_task():
+    """A turned world with renamed legs is an exact symmetry: the turned observation is that of the turned state, and
+    the turned torques lead from there to the turned next state."""
+    batch, torques = random_ants(40), np.random.default_rng(1).uniform(-1, 1, (40, 8))
+    for _ in range(10):
+        batch.step(torques)
+    turns, legs = np.arange(40) % 4, np.arange(40) // 4 % 4
+    other = random_ants(40)
+    other._things, other.cell = batch._things.copy(), batch.cell.copy()
+    for _ in range(3):
+        more = turns > _
+        for cells in (other._things, other.cell):
+            row, column = np.divmod(cells[more], 4)
+            cells[more] = (3 - column) * 4 + row
+
+    def turn(state):
+        turned, sign = state.copy(), np.stack([np.ones(4), envs.ANKLE_SIGN], axis=1)
+        for i, angle in ((1, turns), (16, turns), (19, -legs)):  # place, velocity; turning rates are the body's
+            vector = (state[:, i] + 1j * state[:, i + 1]) * 1j ** (angle % 4)
+            turned[:, i], turned[:, i + 1] = vector.real, vector.imag
+        w, x, y, z = state[:, envs.QUATERNION].T
+        one, two = (
+            (w + 1j * z) * np.exp(0.25j * np.pi * (turns + legs)),
+            (x + 1j * y) * np.exp(0.25j * np.pi * (turns - legs)),
+        )
+        turned[:, envs.QUATERNION] = np.stack([one.real, two.real, two.imag, one.imag], axis=1)
+        for part in (envs.JOINTS, envs.JOINT_RATES):
+            for i in range(40):
+                turned[i, part] = (np.roll(state[i, part].reshape(4, 2) * sign, -legs[i], axis=0) * sign).reshape(-1)
+        return turned
+
+    other.state = turn(batch.state)
+    seen = envs.turn_ant(ANT, batch.observe()[:, None], turns, legs)[:, 0]
+    assert np.allclose(seen, other.observe(), atol=1e-5)
+    after = envs.ant_simulate(other.state, envs.turn_torques(torques[:, None], legs)[:, 0])
+    assert np.allclose(after, turn(envs.ant_simulate(batch.state, torques)), atol=1e-8)
 
 
 # ---- The Gymnasium environment ---------------------------------------------------------------------
@@ -689,7 +770,7 @@ def wake(module, std=0.3):
 
 def observations():
     """Cells (B, T, O + W + 1) of a few episodes."""
-    return torch.from_numpy(expert(4).cells()[:, :9])
+    return torch.from_numpy(expert(4).inputs()[:, :9])
 
 
 def cut_and_padded():
@@ -757,7 +838,7 @@ def test_absolute_embedding_is_linear():
     embed = ir.GridEmbedding(make_run(world="paper", relative_obs=False).config)
     batch = envs.GridBatch(PAPER, envs.sample_layouts(PAPER, 6, np.random.default_rng(0)), [PAPER.post] * 6)
     weight = embed.weight.unflatten(0, (13, 49)).transpose(0, 1).flatten(0, 1)  # (object, cell) -> (cell, object)
-    found, expected = embed(torch.from_numpy(batch.cells())), torch.from_numpy(batch.observe()) @ weight
+    found, expected = embed(torch.from_numpy(batch.inputs())), torch.from_numpy(batch.observe()) @ weight
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -771,6 +852,34 @@ def test_relative_embedding_sees_offsets():
     assert torch.allclose(embed(cells + 7) - embed.agent[40], embed(cells) - embed.agent[33], atol=1e-5)
     assert torch.allclose(embed(walls), embed(cells), atol=1e-5)
     assert not any(torch.allclose(embed(other), embed(cells), atol=1e-2) for other in (colours, moved))
+
+
+def test_ant_embedding_knows_the_cells():
+    """The cells that the ant's embedding reads off an observation are those of the batch, on and off the grid; and
+    what it sees of the body does not change when the whole world is turned."""
+    embed = ir.AntEmbedding(make_run(world="ant").config)
+    batch = random_ants(200)
+    batch.state[:20, 1] += 4
+    batch.cell = batch._cell_of(batch.state[:, envs.XY])
+    embed.body.weight.data[:, -8:] = 0  # the directions of the cells above, below, left and right change places
+    cells, bodies = [], []
+    embed.cells.register_forward_pre_hook(lambda module, arguments: cells.append(arguments[0].numpy()))
+    embed.body.register_forward_hook(lambda module, arguments, output: bodies.append(output))
+    turned = envs.turn_ant(ANT, batch.observe()[:, None], np.full(200, 2), np.zeros(200, dtype=int))[:, 0]
+    for obs in (batch.observe(), turned):
+        embed(torch.from_numpy(obs))
+    assert np.array_equal(cells[0], np.concatenate([batch._things, batch.cell[:, None]], axis=1))
+    assert torch.allclose(*bodies, atol=1e-4) and bodies[0].std() > 0.1
+
+
+def test_gaussian_head_is_torch_s():
+    """The ant's head has the density of torch's Normal, and draws from it with its deviation times the temperature."""
+    run = make_run(world="ant")
+    head, mean = wake(ir.Gaussian(run.config)), torch.randn(5, 8)
+    normal, action = torch.distributions.Normal(mean, 0.5 * head.log_std.exp()), torch.randn(5, 8)
+    assert torch.allclose(head.log_prob(mean, action, 0.5), normal.log_prob(action).sum(-1), atol=1e-4)
+    drawn = head.sample(mean[:1].expand(20_000, 8), 0.5, generators()[1])
+    assert torch.allclose(drawn.mean(0), mean[0], atol=0.03) and torch.allclose(drawn.std(0), normal.stddev, rtol=0.05)
 
 
 @BLOCKS
@@ -926,14 +1035,14 @@ def test_mirrored_view_is_a_symmetric_copy():
     """Each episode gets one symmetry of the square for all its steps and objects; all 8 occur."""
     episodes, table = expert(64), envs.mirror_table(5)
     view = ir.mirrored(make_run(), episodes, generators()[1]).numpy()
-    matches = np.stack([(symmetry[episodes.cells()] == view).all(axis=(1, 2)) for symmetry in table])  # (8, N)
+    matches = np.stack([(symmetry[episodes.inputs()] == view).all(axis=(1, 2)) for symmetry in table])  # (8, N)
     assert (matches.sum(axis=0) == 1).all() and matches.any(axis=1).all()
 
 
 def test_paper_preset_has_the_papers_sizes():
     """`--preset paper` has the sizes of PAPER.md, builds models of the parameter counts worked out here by hand, and
     can take a step of pretraining and a step of discovery."""
-    c, episodes = ir.PRESETS["paper"], expert(2, PAPER)
+    c, episodes = ir.PAPER, expert(2, PAPER)
     sizes = {
         "world": "paper", "block": "transformer", "layers": 6, "dim": 256, "heads": 4, "mlp": 512, "control_block": 3,
         "history_dim": 32, "summary_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "rank": 16,
@@ -961,10 +1070,11 @@ def test_paper_preset_has_the_papers_sizes():
 # ---- Rollouts and what is measured on them ---------------------------------------------------------
 
 
-@pytest.fixture
-def players():
+@pytest.fixture(params=["small", "ant"])
+def players(request):
     """run, frozen base and metacontroller, policy, all with random weights."""
-    run = make_run(memory="segment")
+    run = make_run(memory="segment", world=request.param)
+    run.world = replace(run.world, limit=min(run.world.limit, 40 if run.world.ant else 100))
     base, meta = wake(ir.BaseModel(run.config), 0.2), make_meta(run)
     return run, base.requires_grad_(False), meta.requires_grad_(False), wake(ir.Policy(run.config), 0.1)
 
@@ -977,12 +1087,12 @@ def test_rollout_equals_the_whole_sequence(players, memory):
     run.config = replace(run.config, memory=memory)
     pilot = ir.CodePilot(meta, Mock(side_effect=lambda residual, opened, alive: residual[:, :4]))
     result = ir.rollout(run, base, pilot, 60, *generators(), record=True)
-    residual, mask = ir.lower_residual(run, base, torch.from_numpy(result.cells)), torch.from_numpy(result.mask)
+    residual, mask = ir.lower_residual(run, base, torch.from_numpy(result.inputs)), torch.from_numpy(result.mask)
     code, gate = meta.integrate(residual, residual[..., :4], hard=True)
     controlled = ir.apply_controller(residual, meta.controller(code), meta.mean)
-    log_p = base.upper(controlled, ir.memory_after(gate, memory))[0].log_softmax(-1)
+    log_p = base.action_head.log_prob(base.upper(controlled, ir.memory_after(gate, memory))[0], result.actions)
     assert np.array_equal(gate.numpy() * result.mask, result.switched)
-    assert torch.allclose(log_p.gather(-1, result.actions[..., None])[..., 0] * mask, result.log_prob, atol=1e-3)
+    assert torch.allclose(log_p * mask, result.log_prob, atol=1e-3)
     assert result.steps == result.mask.sum() and len(set(result.mask.sum(axis=1))) > 5
 
 
@@ -1173,11 +1283,13 @@ class Spied:
         return getattr(self.config, name)
 
 
+@pytest.mark.parametrize("world", ["small", "ant"])
 @pytest.mark.parametrize("stage", ["pretrain", "steer", "discover"])
-def test_a_checkpoint_is_checked_against_all_it_depends_on(stage):
+def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, world):
     """Every config field that a stage reads is compared before its checkpoint is used again."""
     short = {f"{name}_{what}": n for name in ir.ORDER[:3] for what, n in (("steps", 1), ("batch", 8))}
-    run = make_run(**short, random_episodes=8, obs_loss=0.1)
+    run = make_run(**short, random_episodes=8, obs_loss=0.1, world=world, ant_steps=20)
+    run.world = replace(run.world, limit=200)
     base = ir.BaseModel(run.config).requires_grad_(False)
     run.config = Spied(run.config)
     ir.pretrain(run) if stage == "pretrain" else getattr(ir, stage)(run, base)
@@ -1185,12 +1297,13 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage):
 
 
 @pytest.mark.parametrize("flags", [
-    "--colour 3", "--pre laptop", "--env maze", "--preset huge", "--world large", "--block lstm", "--memory some",
-    "--summary half", "--dim 0", "--dim abc", "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5",
-    "--displace -0.1", "--forget 2", "--forget x", "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0",
-    "--centred maybe", "--heads 5 --block transformer", "--seed -1", "--seed x", "--seed 99999999999999999999",
-    "--threads -1", "--threads x", "--device tpu", "--device cuda", "--pretrain_lr nan", "--pretrain_lr inf",
-    "--pretrain_lr -1", "--weight_decay -1", "--policy_std 0", "--init_scale -1", "--eval_episodes 2",
+    "--colour 3", "--pre laptop", "--env maze", "--preset laptop --env ant", "--world small --env ant", "--world ant",
+    "--preset huge", "--world large", "--block lstm", "--memory some", "--summary half", "--dim 0", "--dim abc",
+    "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5", "--displace -0.1", "--forget 2", "--forget x",
+    "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0", "--centred maybe", "--heads 5 --block transformer",
+    "--seed -1", "--seed x", "--seed 99999999999999999999", "--threads -1", "--threads x", "--device tpu",
+    "--device cuda", "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--weight_decay -1",
+    "--policy_std 0", "--init_scale -1", "--eval_episodes 2",
 ])  # fmt: skip
 def test_impossible_values_are_refused(tmp_path, capsys, monkeypatch, flags):
     """Unknown flag, impossible value or device that is not there: status 2, one line that names it, no folder."""
