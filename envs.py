@@ -905,11 +905,16 @@ def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return target.reshape(B, O, cells)
 
 
-def ant_expert(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Torques (B, 8) towards the centre of the next cell. route (., O, G*G); rows (B,): the route of each episode."""
+def ant_direction(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where the centre of the next cell lies, (B,) in radians. route (., O, G*G); rows (B,): each episode's route."""
     target = batch._centres[route[rows, batch.goal(), batch.cell]]
     dx, dy = (target - batch.state[:, XY]).T
-    return trot(batch.state, np.arctan2(dy, dx))
+    return np.arctan2(dy, dx)
+
+
+def ant_expert(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Torques (B, 8) of the expert; arguments as of `ant_direction`."""
+    return trot(batch.state, ant_direction(batch, route, rows))
 
 
 class AntEpisodes(NamedTuple):
@@ -939,13 +944,6 @@ class AntEpisodes(NamedTuple):
         """The same episodes as `turn_ant` sees them; everything but `obs` and `actions` stays as it was."""
         return self._replace(obs=turn_ant(world, self.obs, turns, legs), actions=turn_torques(self.actions, legs))
 
-    def every(self, n: int) -> AntEpisodes:
-        """One step in n, from the first on, and the last observation, which is then repeated."""
-        at = np.arange(0, self.mask.shape[1], n)
-        seen = np.minimum(np.append(at, at[-1] + n), self.lengths()[:, None])
-        obs = np.take_along_axis(self.obs, seen[..., None], axis=1)
-        return self._replace(obs=obs, **{k: getattr(self, k)[:, at] for k in ("actions", "goal", "mask")})
-
     def take(self, index) -> AntEpisodes:
         """The episodes of `index`, with the padding cut to the longest of them."""
         longest = int(self.mask[index].sum(axis=1).max())
@@ -955,16 +953,15 @@ class AntEpisodes(NamedTuple):
 
 def ant_expert_episodes(
     world: TaskSet, tasks, count: int, rng: np.random.Generator,
-    noise=0.0, displace=0.0, on_colour=0.0, steps=None, lapse=1, chunk=256, threads=1,
+    noise=0.0, displace=0.0, on_colour=0.0, steps=None, chunk=256, threads=1,
 ):  # fmt: skip
     """`count` successful trajectories on random solvable layouts -> AntEpisodes, share unsolvable, success rate.
 
     noise: standard deviation of Gaussian noise on the torques that are executed; the recorded torques are the clean
     expert's at the states this leads to. displace, on_colour: as of `expert_episodes`. steps: cut episodes there,
     finished or not; without it an episode that is not solved within the limit is a failure. Failures are dropped, but
-    they count in the success rate. lapse: keep one step in so many, and let the ant jump right before each of them,
-    in full motion: then its velocity tells where it was going, but not where it has to go from here. Worked on in
-    chunks that are written into one block, so that nothing is held twice: about 0.1 MB an episode at limit 500.
+    they count in the success rate. Worked on in chunks that are written into one block, so that nothing is held
+    twice: about 0.1 MB an episode at limit 500.
     """
     width = ant_slices(world)["local"].stop  # of an observation
     data = AntEpisodes(
@@ -976,7 +973,7 @@ def ant_expert_episodes(
         colours=np.zeros((count, world.colours), dtype=np.int64),
         walls=np.zeros((count, world.walls), dtype=np.int64),
     )
-    options = rng, noise, displace, on_colour, steps or world.limit, steps is not None, lapse, threads
+    options = rng, noise, displace, on_colour, steps or world.limit, steps is not None, threads
     unsolvable, made, tried, succeeded = [], 0, 0, 0
     while made < count:
         if tried > 1000 and not made:
@@ -991,12 +988,10 @@ def ant_expert_episodes(
     longest = int(data.lengths().max())
     cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
     data = AntEpisodes(*(v[:, : cut[k]] if k in cut else v for k, v in data._asdict().items()))
-    if lapse > 1:
-        data = data.every(lapse)
     return data, float(np.mean(unsolvable)), succeeded / tried
 
 
-def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, steps, unfinished, lapse, threads):
+def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, steps, unfinished, threads):
     layout, task, field, share = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
     batch = AntBatch(world, layout, (padded[task], lengths[task]), rng, threads=threads)
@@ -1013,9 +1008,8 @@ def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, step
         torques = ant_expert(batch, route, alive)
         actions[alive, t], goal[alive, t] = torques, batch.goal()
         _, reward, done = batch.step(torques + noise * rng.standard_normal(torques.shape))
-        chance = displace if lapse == 1 else float((t + 1) % lapse == 0)
-        if chance:
-            moved = np.flatnonzero(~done & (rng.random(len(done)) < chance))
+        if displace:
+            moved = np.flatnonzero(~done & (rng.random(len(done)) < displace))
             _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
         obs[alive, t + 1] = batch.observe()
         success[alive[reward > 0]] = True
@@ -1025,6 +1019,98 @@ def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, step
             break
     success[alive] = unfinished
     return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls), success, share
+
+
+STRIDE = 8  # control steps between two steps of a spliced trajectory
+STRIDE_LENGTH = 0.02 * STRIDE  # metres, +-50 %; a little short of what the trot makes, which drifts
+
+
+def ant_strides(count: int, rng: np.random.Generator, noise: float, threads: int = 1) -> np.ndarray:
+    """Moments of walking ants for `ant_spliced_episodes`: states (count, 30), turned so that all walk along x.
+
+    256 ants trot on an empty plane, with torque noise of this deviation, in a direction that drifts and every 20th
+    step turns by a quarter or a half; every 4th step is kept, also those in which an ant has just begun to turn.
+    Each ant starts anew after 200 steps on average, or when it has fallen.
+    """
+    layout = sample_layouts(ANT, 256, rng)
+
+    def start() -> AntBatch:
+        return AntBatch(ANT, layout, [ANT.post] * 256, rng)
+
+    batch, kept, made, t = start(), [], 0, 0
+    direction = rng.uniform(-np.pi, np.pi, 256)
+    while made < count:
+        turns = rng.choice([np.pi / 2, -np.pi / 2, np.pi], 256) * (rng.random(256) < 1 / 20)
+        direction = direction + turns + 0.03 * rng.standard_normal(256)
+        torques = trot(batch.state, direction) + noise * rng.standard_normal((256, 8))
+        batch.state = ant_simulate(batch.state, torques, threads)
+        height = batch.state[:, HEIGHT]
+        fallen = (height < ANT_HEIGHT[0]) | (height > ANT_HEIGHT[1]) | ~batch.upright()
+        anew = fallen | (rng.random(256) < 1 / 200)
+        if anew.any():
+            batch.state[anew] = start().state[anew]
+        t += 1
+        if t % 4 == 0:
+            kept.append(rotate_ant(batch.state[~anew], -direction[~anew]))
+            made += len(kept[-1])
+    return np.concatenate(kept)[:count]
+
+
+def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """The body of states (B, 30) turned to the left by angles (B,): heading and velocity, but not the place."""
+    turned = state.copy()
+    velocity = (state[:, 16] + 1j * state[:, 17]) * np.exp(1j * angle)  # of the torso; its turning rates are its own
+    turned[:, 16], turned[:, 17] = velocity.real, velocity.imag
+    half = np.exp(0.5j * angle)
+    one, two = (state[:, 4] + 1j * state[:, 7]) * half, (state[:, 5] + 1j * state[:, 6]) * half
+    turned[:, 4], turned[:, 7], turned[:, 5], turned[:, 6] = one.real, one.imag, two.real, two.imag
+    return turned
+
+
+def ant_spliced_episodes(
+    world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng, displace=0.0, on_colour=0.0
+) -> AntEpisodes:
+    """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
+
+    Between two decisions the ant moves a stride's length on its way; how its body is moving then is one of `strides`
+    (of `ant_strides`), turned to that way. The recorded torques are the expert's for the place and the body. With
+    chance `displace` the ant is then put somewhere else as it moves: its velocity tells where it was going, but no
+    longer where it has to go. A simulated trajectory has few such decisions among many steps that go on as before.
+    on_colour: share of episodes that start on a colour.
+    """
+    layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
+    padded, lengths = pad_tasks(tasks)
+    batch = AntBatch(world, layout, (padded[task], lengths[task]), rng)
+    route, alive = ant_routes(field, rng), np.arange(count)
+    moved = np.flatnonzero(rng.random(count) < on_colour)
+    _displace(batch, field, alive, moved, _one_of(batch.colours[moved], rng), rng)
+    obs = np.zeros((count, steps + 1, ant_slices(world)["local"].stop), dtype=np.float32)
+    actions = np.zeros((count, steps, 8), dtype=np.float32)
+    goal = np.full((count, steps), -1, dtype=np.int64)
+    obs[:, 0] = batch.observe()
+    for t in range(steps):
+        way = ant_direction(batch, route, alive)
+        actions[alive, t], goal[alive, t] = trot(batch.state, way), batch.goal()
+        length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive))
+        xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
+        xy = (xy + 0.02 * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
+        cell = batch._cell_of(xy)
+        content = np.where(cell != batch.cell, batch.content[batch._rows, cell], -1)
+        visit = (content >= 0) & (content == batch.goal())
+        slipped = (content >= 0) & ~visit  # over a corner: it stays where it was
+        xy[slipped], cell[slipped] = batch.state[slipped, XY], batch.cell[slipped]
+        batch.state = rotate_ant(strides[rng.integers(len(strides), size=len(alive))], way)
+        batch.state[:, XY], batch.cell = xy, cell
+        batch.stage += visit
+        done = batch.stage == batch.lengths
+        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < displace))
+        _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
+        obs[alive, t + 1] = batch.observe()
+        alive = alive[~done]
+        batch.select(~done)
+        if not len(alive):
+            break
+    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls)
 
 
 def make_batch(world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):

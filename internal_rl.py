@@ -100,10 +100,9 @@ class Config:
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper); ant: deviation of torque noise (ours)
     displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
     on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
-    ant_steps: int = 80  # training episodes of the ant are cut after this many steps, finished or not (ours)
-    ant_lapse: int = 8  # ant: keep one step in so many, each after a jump, in most of the batches (ours)
-    ant_lapsed: float = 0.8  # share of the batches that are time-lapse (ours)
-    ant_reuse: int = 4  # times that an ant's trajectory is trained on, differently turned (ours)
+    ant_steps: int = 40  # training episodes of the ant are cut after this many decisions, finished or not (ours)
+    ant_spliced: float = 0.9  # share of its batches that are spliced from strides, not simulated (ours)
+    ant_reuse: int = 4  # times that its simulated trajectories are trained on, differently turned (ours)
     forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
@@ -134,9 +133,9 @@ class Config:
     # acting with codes: random ones after phase 2, chosen ones in phase 3
     rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
     rl_threshold: float = 0.5  # the gate opens above this (paper)
-    random_episodes: int = 65_536  # rollouts of random codes, to measure a success of order 1e-4
+    random_episodes: int = 49_152  # rollouts of random codes, to measure a success of order 1e-4
     # phase 3: internal RL (paper: App. C.5)
-    rl_episodes: int = 180_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: int = 160_000  # (paper: up to 100,000 x 1024)
     rl_batch: int = 4096  # episodes per update (paper: 1024)
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
@@ -164,7 +163,7 @@ GRID = {
     "laptop": replace(
         CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
         discover_blind=800, discover_held=1300, hold=12, discover_steps=6500, discover_batch=32, discover_lr=3e-3,
-        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000,
+        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000, random_episodes=65_536,
     ),
     "paper": PAPER,
 }  # fmt: skip
@@ -175,7 +174,7 @@ ANT = {
         discover_lr=3e-3, rl_episodes=40_000, rl_batch=2048, eval_episodes=512, random_episodes=2048,
     ),
     "paper": replace(
-        PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_lapsed=0.0,
+        PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
         ant_reuse=1, pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128,
         discover_lr=3e-4, rl_episodes=13_107_200, rl_batch=256,
     ),
@@ -217,8 +216,8 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    if not 0 <= c.ant_lapsed <= 1:
-        raise Failure(f"--ant_lapsed={c.ant_lapsed}: must be in [0, 1]")
+    if not 0 <= c.ant_spliced <= 1:
+        raise Failure(f"--ant_spliced={c.ant_spliced}: must be in [0, 1]")
     for name in ("rl_temperature", "policy_std", "init_scale"):
         if getattr(c, name) <= 0:
             raise Failure(f"--{name}={getattr(c, name)}: must be above 0")
@@ -723,27 +722,35 @@ class Run:
 class ExpertData:
     """Endless batches of expert trajectories; each batch holds episodes of similar length (less padding).
 
-    Fresh ones on the grid. The ant's, which cost a simulation, are used `ant_reuse` times, each time turned.
+    Fresh ones on the grid. Most of the ant's are spliced from strides; those that cost a simulation are used
+    `ant_reuse` times, each time turned.
     """
+
+    STRIDES = 32_768
 
     def __init__(self, run: Run, rng: np.random.Generator, batch: int):
         self.run, self.rng, self.batch = run, rng, batch
         self.queue: list = []
+        if run.world.ant and run.config.ant_spliced:
+            self.strides = envs.ant_strides(self.STRIDES, rng, run.config.noise, torch.get_num_threads())
 
     def next(self):
         c, world = self.run.config, self.run.world
         if not self.queue:
             pool = self.batch * (8 if world.ant else max(1, 4096 // self.batch))
-            noise = c.noise if world.ant or self.run.phase == "pretrain" else 0.0  # else clean, as in the paper
-            if world.ant:
-                lapse = c.ant_lapse if self.rng.random() < c.ant_lapsed else 1
-                options = noise, c.displace, c.on_colour, min(world.limit, lapse * c.ant_steps), lapse
+            noise = c.noise if self.run.phase == "pretrain" else 0.0  # else clean, as in the paper
+            spliced = world.ant and self.rng.random() < c.ant_spliced
+            if spliced:
+                options = c.ant_steps, self.strides, self.rng, c.displace, c.on_colour
+                episodes = envs.ant_spliced_episodes(world, world.pretrain, pool, *options)
+            elif world.ant:  # as many jumps per second as in the spliced ones
+                options = c.noise, c.displace / envs.STRIDE, c.on_colour, min(world.limit, envs.STRIDE * c.ant_steps)
                 episodes = ant_episodes(self.run, world.pretrain, pool, self.rng, *options)[0]
             else:
                 options = noise, c.displace, c.on_colour
                 episodes = envs.expert_episodes(world, world.pretrain, pool, self.rng, *options)[0]
             order = np.argsort(episodes.mask.sum(axis=1), kind="stable").reshape(-1, self.batch)
-            uses = c.ant_reuse if world.ant else 1
+            uses = c.ant_reuse if world.ant and not spliced else 1
             self.queue = [episodes.take(order[i]) for _ in range(uses) for i in self.rng.permutation(len(order))]
         episodes = self.queue.pop()
         if world.ant:

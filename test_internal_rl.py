@@ -585,7 +585,7 @@ def test_recorded_torques_are_clean(monkeypatch):
     monkeypatch.setattr(envs, "trot", lambda *a: clean.append(trot(*a)) or clean[-1].copy())
     monkeypatch.setattr(envs, "ant_simulate", lambda *a: executed.append(a[1].copy()) or simulate(*a))
     rng = np.random.default_rng(0)
-    data = envs._ant_expert_chunk(replace(ANT, limit=30), ANT.pretrain, 40, rng, 0.1, 0, 0, 30, False, 1, 1)[0]
+    data = envs._ant_expert_chunk(replace(ANT, limit=30), ANT.pretrain, 40, rng, 0.1, 0, 0, 30, False, 1)[0]
     for t, torques in enumerate(clean):
         assert np.array_equal(data.actions[data.mask[:, t], t], torques.astype(np.float32))
     noise = [b - a for a, b in zip(clean, executed)]
@@ -618,18 +618,74 @@ def test_displaced_ants(how):
     assert (jumps > 40) == (how == "displace") and (started > 20) == (how == "on_colour")
 
 
-def test_time_lapse():
-    """One step in 8 of unfinished episodes, each but the first right after a jump: the torso keeps the velocity it had
-    and is somewhere else; the torques are those of the trot from there."""
-    rng = np.random.default_rng(0)
-    data = envs.ant_expert_episodes(ANT, ANT.pretrain, 20, rng, 0.05, steps=96, lapse=8)[0]
-    assert data.mask.shape[1] == 12 and data.obs.shape[1] == 13 and data.mask.mean() > 0.8
-    moved = np.linalg.norm(np.diff(data.xy(ANT)[:, :12], axis=1), axis=-1)[data.mask[:, 1:]]
-    assert (moved > 0.6).mean() > 0.5  # in 8 steps it walks 0.4 m
-    speed = np.expm1(np.abs(data.obs[:, 2:12, 13:15])).max(axis=-1)[data.mask[:, 2:]]
-    assert np.median(speed) > 0.5
-    for i, steps in enumerate(data.lengths()):  # what follows the last step kept is the episode's end, not zeros
-        assert data.obs[i, steps].any() and data.mask[i, :steps].all()
+def test_rotated_ant_walks_the_rotated_way():
+    """Physics does not care where north is: rotating the body before a step or after it is the same."""
+    batch, angle = random_ants(40), np.random.default_rng(1).uniform(-np.pi, np.pi, 40)
+    torques = np.random.default_rng(2).uniform(-1, 1, (40, 8))
+    batch.state = envs.ant_simulate(batch.state, torques)
+    after, rotated = (
+        envs.ant_simulate(state, torques) for state in (batch.state, envs.rotate_ant(batch.state, angle))
+    )
+    assert np.allclose(envs.rotate_ant(after, angle)[:, 3:], rotated[:, 3:], atol=1e-8)
+    moved, turned = (
+        state[:, 1] + 1j * state[:, 2] - batch.state[:, 1] - 1j * batch.state[:, 2] for state in (after, rotated)
+    )
+    assert np.allclose(moved * np.exp(1j * angle), turned, atol=1e-8) and np.abs(moved).max() > 1e-3
+
+
+@functools.cache
+def strides():
+    return envs.ant_strides(3000, np.random.default_rng(0), 0.05)
+
+
+def test_strides_walk_along_x():
+    """The moments of walking are upright and, but for those that have just turned, move along x."""
+    state = strides()
+    assert state.shape == (3000, 30) and (state[:, 5:7] ** 2).sum(axis=1).max() < 0.5
+    assert np.median(state[:, 16]) > 0.5 and abs(np.median(state[:, 17])) < 0.1
+    assert np.ptp(envs.yaw_of(state)) > 6  # whatever the ant faces
+
+
+@pytest.mark.parametrize("displace", [0.0, 0.8])
+def test_spliced_ants(displace):
+    """Spliced episodes pursue their task in order, never touch a wall or a wrong colour except by a jump, and
+    the torques are those of the trot for the body that is seen; the body moves the way the last decision was."""
+    rng = np.random.default_rng(1)
+    data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 60, 70, strides(), rng, displace, 0.5)
+    assert data.obs.shape[1] == 71 and data.actions.shape == (60, 70, 8)
+    assert np.array_equal(data.goal >= 0, data.mask)
+    solved, jumps, forward = 0, 0, []
+    for i, steps in enumerate(data.lengths()):
+        x, y = data.xy(ANT)[i, : steps + 1].T
+        cells = (np.clip((2.5 - y) // 1.25, 0, 3) * 4 + np.clip((x + 2.5) // 1.25, 0, 3)).astype(int)
+        pursued, task = data.goal[i, :steps], list(ANT.pretrain[data.task[i]])
+        stages = pursued[np.flatnonzero(np.diff(pursued, prepend=-2))].tolist()
+        assert stages == task[: len(stages)] and data.walls[i, 0] not in cells
+        solved += steps < 70
+        assert steps == 70 or (stages == task and cells[-1] == data.colours[i, task[-1]])
+        far = np.hypot(np.diff(x), np.diff(y)) > 0.35
+        jumps += far.sum()
+        # Where it walked on, it moved as its body now moves.
+        velocity = envs.symexp(data.obs[i, 1 : steps + 1, 13:15])
+        along = (velocity * np.stack([np.diff(x), np.diff(y)], axis=1)).sum(axis=1)
+        forward.append(along[~far])
+    assert (np.concatenate(forward) > 0).mean() > 0.8
+    assert (solved > 40) == (displace == 0) and (jumps > 1000) == (displace > 0)
+
+
+def test_spliced_torques_are_the_experts(monkeypatch):
+    """What is recorded is the trot of the very state that is observed, towards the centre of the next cell."""
+    trot, calls = envs.trot, []
+    monkeypatch.setattr(envs, "trot", lambda *a: calls.append((a[0].copy(), a[1].copy(), trot(*a))) or calls[-1][2])
+    data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 30, 5, strides(), np.random.default_rng(0), 0.5, 0.0)
+    for t, (state, way, torques) in enumerate(calls):
+        alive = data.mask[:, t]
+        assert np.array_equal(data.actions[alive, t], torques.astype(np.float32))
+        assert np.allclose(envs.symexp(data.obs[alive, t, :27]), state[:, 3:], atol=1e-4)
+        local = data.obs[alive, t][:, envs.ant_slices(ANT)["local"]] * envs.ANT_CELL / 2
+        steps = envs.ANT_CELL * np.array([[0, 1], [0, -1], [-1, 0], [1, 0]]) - local[:, None]
+        angles = np.arctan2(steps[..., 1], steps[..., 0])
+        assert (np.abs(np.angle(np.exp(1j * (angles - way[:, None])))).min(axis=1) < 1e-3).mean() > 0.99
 
 
 def test_turned_ant_is_the_same_task():
