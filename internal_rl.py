@@ -169,9 +169,10 @@ GRID = {
 }  # fmt: skip
 ANT = {
     "classroom": replace(
-        CLASSROOM, world="ant", mlp=256, noise=0.05, displace=0.03, memory="none", pretrain_steps=3000,
-        pretrain_batch=64, pretrain_lr=5e-3, steer_steps=500, steer_batch=32, discover_steps=2000, discover_batch=32,
-        discover_lr=3e-3, rl_episodes=40_000, rl_batch=2048, eval_episodes=512, random_episodes=2048,
+        CLASSROOM, world="ant", dim=128, mlp=256, control_block=0, noise=0.05, displace=0.5, memory="none",
+        pretrain_steps=3000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1000, steer_lr=2e-2,
+        discover_steps=2000, discover_batch=32, discover_lr=1e-2,
+        rl_episodes=40_000, rl_batch=2048, eval_episodes=512, random_episodes=2048,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -371,7 +372,7 @@ class GridEmbedding(nn.Module):
 
     FEATURES = 24
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, dim: int):
         super().__init__()
         world = envs.TASK_SETS[c.world]
         self.world, self.relative = world, c.relative_obs
@@ -380,15 +381,13 @@ class GridEmbedding(nn.Module):
         if self.relative:
             self.offsets = (2 * world.size - 1) ** 2
             self.features = nn.Parameter(0.5 * torch.randn(self.offsets, self.FEATURES))
-            self.colour = nn.Parameter(torch.randn(world.colours, self.FEATURES, c.dim) * self.FEATURES**-0.5)
-            self.obstacle = nn.Parameter(0.1 * torch.randn(self.offsets, c.dim))
-            self.agent = nn.Parameter(0.1 * torch.randn(cells, c.dim))
+            self.colour = nn.Parameter(torch.randn(world.colours, self.FEATURES, dim) * self.FEATURES**-0.5)
+            self.obstacle = nn.Parameter(0.1 * torch.randn(self.offsets, dim))
+            self.agent = nn.Parameter(0.1 * torch.randn(cells, dim))
             row = [*range(world.colours), *[world.colours] * world.walls, world.colours + 1]
             first_row = torch.tensor(row) * self.offsets
         else:
-            self.weight = nn.Parameter(
-                torch.randn(world.objects * cells, c.dim) * (c.init_scale / world.objects) ** 0.5
-            )
+            self.weight = nn.Parameter(torch.randn(world.objects * cells, dim) * (c.init_scale / world.objects) ** 0.5)
             first_row = torch.arange(world.objects) * cells
         self.register_buffer("first_row", first_row, persistent=False)
 
@@ -416,14 +415,16 @@ class AntEmbedding(nn.Module):
 
     Absolute: a linear map of the observation. Relative: the cells of colours, walls and ant go through
     `GridEmbedding`; the body is seen in its own frame, together with the direction of each neighbouring cell's centre.
+    The body gets a quarter of the width to itself: added to the cells, it would drown them.
     """
 
     def __init__(self, c: Config):
         super().__init__()
         world = envs.TASK_SETS[c.world]
         self.size, self.parts, self.relative = world.size, envs.ant_slices(world), c.relative_obs
-        self.cells = GridEmbedding(c) if self.relative else None
-        self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, c.dim)
+        width = c.dim // 4 if self.relative else c.dim  # of the body
+        self.cells = GridEmbedding(c, c.dim - width) if self.relative else None
+        self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, width)
 
     def forward(self, obs):
         if not self.relative:
@@ -439,7 +440,7 @@ class AntEmbedding(nn.Module):
         turned = torch.view_as_real(torch.view_as_complex(plane) * torch.polar(torch.ones_like(yaw), -yaw)[..., None])
         tilt = torch.stack([w * x + y * z, w * y - x * z], dim=-1)
         body = torch.cat([height, tilt, joints, velocity[..., 2:], turned.flatten(-2)], dim=-1)
-        return self.cells(row * self.size + column) + self.body(body)
+        return torch.cat([self.cells(row * self.size + column), self.body(body)], dim=-1)
 
     def places(self, obs):
         """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
@@ -491,7 +492,7 @@ class BaseModel(nn.Module):
         super().__init__()
         self.control_block = c.control_block
         world = envs.TASK_SETS[c.world]
-        self.embed = AntEmbedding(c) if world.ant else GridEmbedding(c)
+        self.embed = AntEmbedding(c) if world.ant else GridEmbedding(c, c.dim)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
         self.action_head = Gaussian(c) if world.ant else Categorical(c)

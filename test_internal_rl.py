@@ -891,7 +891,7 @@ def test_base_is_causal_and_steps(block, relative):
 
 def test_absolute_embedding_is_linear():
     """Absolute: the embedding is the env's observation of 637 numbers times one weight matrix."""
-    embed = ir.GridEmbedding(make_run(world="paper", relative_obs=False).config)
+    embed = ir.GridEmbedding(make_run(world="paper", relative_obs=False).config, 96)
     batch = envs.GridBatch(PAPER, envs.sample_layouts(PAPER, 6, np.random.default_rng(0)), [PAPER.post] * 6)
     weight = embed.weight.unflatten(0, (13, 49)).transpose(0, 1).flatten(0, 1)  # (object, cell) -> (cell, object)
     found, expected = embed(torch.from_numpy(batch.inputs())), torch.from_numpy(batch.observe()) @ weight
@@ -901,7 +901,7 @@ def test_absolute_embedding_is_linear():
 def test_relative_embedding_sees_offsets():
     """Relative: shifting everything by one row changes only the agent's own term, and exchanging two walls nothing;
     exchanging two colours, or moving one, changes the embedding."""
-    embed = wake(ir.GridEmbedding(make_run(world="paper").config))
+    embed = wake(ir.GridEmbedding(make_run(world="paper").config, 96))
     cells = torch.tensor([[[0, 1, 2, 10, 11, 12, 20, 21, 22, 30, 31, 32, 33]]])  # 8 colours, 4 walls, agent
     walls, colours, moved = cells.clone(), cells.clone(), cells.clone()
     walls[..., [8, 9]], colours[..., [0, 1]], moved[..., 0] = cells[..., [9, 8]], cells[..., [1, 0]], 3
