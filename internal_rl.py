@@ -135,8 +135,8 @@ class Config:
     rl_threshold: float = 0.5  # the gate opens above this (paper)
     random_episodes: int = 49_152  # rollouts of random codes, to measure a success of order 1e-4
     # phase 3: internal RL (paper: App. C.5)
-    rl_episodes: int = 160_000  # (paper: up to 100,000 x 1024)
-    rl_batch: int = 4096  # episodes per update (paper: 1024)
+    rl_episodes: int = 100_000  # (paper: up to 100,000 x 1024)
+    rl_batch: int = 1024  # episodes per update (paper)
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
@@ -155,7 +155,7 @@ PAPER = replace(
     pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
     displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
     discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_blind=0, discover_held=0,
-    kl_weight=0.17, kl_ramp=(0, 1), rl_episodes=102_400_000, rl_batch=1024, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
+    kl_weight=0.17, kl_ramp=(0, 1), rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
     policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
 GRID = {
@@ -163,7 +163,7 @@ GRID = {
     "laptop": replace(
         CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
         discover_blind=800, discover_held=1300, hold=12, discover_steps=6500, discover_batch=32, discover_lr=3e-3,
-        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000, random_episodes=65_536,
+        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000, rl_batch=4096, random_episodes=65_536,
     ),
     "paper": PAPER,
 }  # fmt: skip
