@@ -1021,8 +1021,8 @@ def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, step
     return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls), success, share
 
 
-STRIDE = 8  # control steps between two steps of a spliced trajectory
-STRIDE_LENGTH = 0.02 * STRIDE  # metres, +-50 %; a little short of what the trot makes, which drifts
+STRIDE = 40  # control steps between two steps of a spliced trajectory
+STRIDE_LENGTH = 0.02 * STRIDE  # metres, +-50 %: at most to the next cell's centre and a little on
 
 
 def ant_strides(count: int, rng: np.random.Generator, noise: float, threads: int = 1) -> np.ndarray:
@@ -1073,9 +1073,9 @@ def ant_spliced_episodes(
     """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
 
     Between two decisions the ant moves a stride's length on its way; how its body is moving then is one of `strides`
-    (of `ant_strides`), turned to that way. The recorded torques are the expert's for the place and the body. With
-    chance `displace` the ant is then put somewhere else as it moves: its velocity tells where it was going, but no
-    longer where it has to go. A simulated trajectory has few such decisions among many steps that go on as before.
+    (of `ant_strides`), turned anyhow. The recorded torques are the expert's for the place and the body. So the body
+    tells nothing of where to go: who clones a simulated trajectory learns from the velocity to go on as before, and
+    has no use for the goal. With chance `displace` the ant is then put somewhere else.
     on_colour: share of episodes that start on a colour.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
@@ -1099,7 +1099,8 @@ def ant_spliced_episodes(
         visit = (content >= 0) & (content == batch.goal())
         slipped = (content >= 0) & ~visit  # over a corner: it stays where it was
         xy[slipped], cell[slipped] = batch.state[slipped, XY], batch.cell[slipped]
-        batch.state = rotate_ant(strides[rng.integers(len(strides), size=len(alive))], way)
+        body = strides[rng.integers(len(strides), size=len(alive))]
+        batch.state = rotate_ant(body, rng.uniform(-np.pi, np.pi, len(alive)))
         batch.state[:, XY], batch.cell = xy, cell
         batch.stage += visit
         done = batch.stage == batch.lengths

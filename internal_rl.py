@@ -100,9 +100,8 @@ class Config:
     noise: float = 0.0  # eps, random expert actions in phase 1 (paper); ant: deviation of torque noise (ours)
     displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
     on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
-    ant_steps: int = 40  # training episodes of the ant are cut after this many decisions, finished or not (ours)
-    ant_spliced: float = 0.9  # share of its batches that are spliced from strides, not simulated (ours)
-    ant_reuse: int = 4  # times that its simulated trajectories are trained on, differently turned (ours)
+    ant_steps: int = 16  # training episodes of the ant are cut after this many decisions, finished or not (ours)
+    ant_spliced: float = 1.0  # share of its batches that are spliced from strides, not simulated (ours)
     forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
@@ -118,6 +117,7 @@ class Config:
     encoder_hidden: int = 64  # (paper)
     code_dim: int = 8  # n_z (paper)
     decoder_hidden: int = 32  # (paper)
+    smooth_decoder: bool = False  # SiLU in the decoder, where ReLUs die before there are codes to decode (ours, ant)
     summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
     # phase 2: discover
     mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
@@ -126,6 +126,7 @@ class Config:
     discover_lr: float = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
+    kl_at_switches: bool = False  # the KL is charged where the gate opens, not at every step (ours, ant)
     discover_blind: int = 1500  # first steps of phase 2, in which the base has no memory at all (ours)
     discover_held: int = 2000  # until here the gate does not learn from memory, and codes are held (ours)
     hold: int = 0  # a held code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
@@ -169,14 +170,14 @@ GRID = {
 }  # fmt: skip
 ANT = {
     "classroom": replace(
-        CLASSROOM, world="ant", dim=128, mlp=256, control_block=0, noise=0.05, displace=0.5, memory="none",
-        pretrain_steps=3000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1000, steer_lr=2e-2,
-        discover_steps=2000, discover_batch=32, discover_lr=1e-2,
-        rl_episodes=40_000, rl_batch=2048, eval_episodes=512, random_episodes=2048,
+        CLASSROOM, world="ant", dim=128, mlp=256, control_block=0, noise=0.05, memory="none",
+        smooth_decoder=True, kl_at_switches=True, pretrain_steps=3000, pretrain_lr=5e-3, steer_steps=800,
+        steer_lr=6e-3, discover_steps=2500, discover_lr=2e-3, discover_blind=0, discover_held=0, kl_weight=0.7,
+        kl_ramp=(300, 1500), rl_episodes=20_480, rl_batch=1024, eval_episodes=512, random_episodes=4096,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
-        ant_reuse=1, pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128,
+        pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128,
         discover_lr=3e-4, rl_episodes=13_107_200, rl_batch=256,
     ),
 }  # fmt: skip
@@ -185,7 +186,7 @@ FAST = {
     "pretrain_steps": 30, "pretrain_batch": 32, "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
     "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 256, "rl_batch": 128,
     "eval_episodes": 32, "random_episodes": 128, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
-    "ant_steps": 20,
+    "ant_steps": 8,
 }  # fmt: skip
 
 
@@ -415,15 +416,17 @@ class AntEmbedding(nn.Module):
 
     Absolute: a linear map of the observation. Relative: the cells of colours, walls and ant go through
     `GridEmbedding`; the body is seen in its own frame, together with the direction of each neighbouring cell's centre.
-    The body gets a quarter of the width to itself: added to the cells, it would drown them.
+    The body gets a quarter of the width to itself: added to the cells, it would drown them. And the colour that the
+    ant stands on gets an eighth: the metacontroller must find the visits among all that the residual says.
     """
 
     def __init__(self, c: Config):
         super().__init__()
         world = envs.TASK_SETS[c.world]
         self.size, self.parts, self.relative = world.size, envs.ant_slices(world), c.relative_obs
-        width = c.dim // 4 if self.relative else c.dim  # of the body
-        self.cells = GridEmbedding(c, c.dim - width) if self.relative else None
+        width, under = (c.dim // 4, c.dim // 8) if self.relative else (c.dim, 0)
+        self.cells = GridEmbedding(c, c.dim - width - under) if self.relative else None
+        self.under = nn.Parameter(3 * torch.randn(world.colours, under)) if self.relative else None
         self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, width)
 
     def forward(self, obs):
@@ -431,6 +434,8 @@ class AntEmbedding(nn.Module):
             return self.body(obs)
         height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
         column, row = self.places(obs).floor().long().clamp(0, self.size - 1).unbind(-1)
+        cells = row * self.size + column
+        stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)
         # Vectors of the plane as complex numbers, turned into the frame of the torso.
         w, x, y, z = (orientation.sign() * orientation.abs().expm1()).unbind(-1)
         yaw = torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
@@ -440,7 +445,7 @@ class AntEmbedding(nn.Module):
         turned = torch.view_as_real(torch.view_as_complex(plane) * torch.polar(torch.ones_like(yaw), -yaw)[..., None])
         tilt = torch.stack([w * x + y * z, w * y - x * z], dim=-1)
         body = torch.cat([height, tilt, joints, velocity[..., 2:], turned.flatten(-2)], dim=-1)
-        return torch.cat([self.cells(row * self.size + column), self.body(body)], dim=-1)
+        return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body)], dim=-1)
 
     def places(self, obs):
         """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
@@ -594,7 +599,9 @@ class Metacontroller(nn.Module):
         )
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
         self.decoder = nn.Sequential(
-            nn.Linear(Z, c.decoder_hidden), nn.ReLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
+            nn.Linear(Z, c.decoder_hidden),
+            nn.SiLU() if c.smooth_decoder else nn.ReLU(),
+            nn.Linear(c.decoder_hidden, 2 * c.rank * D),
         )
         nn.init.constant_(self.switch[2].bias, c.gate_bias)
         # The factor that writes starts at zero, which is no control; the one that reads at random.
@@ -682,7 +689,7 @@ class Run:
         self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
         self.world = envs.TASK_SETS[config.world]
         self.phase, self.started, self.shown = "", time.time(), 0.0
-        self.test_episodes = None
+        self.test_episodes = self.strides = None
 
     def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
         """Begin a phase: seed everything for it; returns a numpy and a torch generator."""
@@ -723,17 +730,12 @@ class Run:
 class ExpertData:
     """Endless batches of expert trajectories; each batch holds episodes of similar length (less padding).
 
-    Fresh ones on the grid. Most of the ant's are spliced from strides; those that cost a simulation are used
-    `ant_reuse` times, each time turned.
+    Always fresh ones; the ant's are spliced from strides, as far as `ant_spliced` says so, and each time turned.
     """
-
-    STRIDES = 32_768
 
     def __init__(self, run: Run, rng: np.random.Generator, batch: int):
         self.run, self.rng, self.batch = run, rng, batch
         self.queue: list = []
-        if run.world.ant and run.config.ant_spliced:
-            self.strides = envs.ant_strides(self.STRIDES, rng, run.config.noise, torch.get_num_threads())
 
     def next(self):
         c, world = self.run.config, self.run.world
@@ -742,8 +744,7 @@ class ExpertData:
             noise = c.noise if self.run.phase == "pretrain" else 0.0  # else clean, as in the paper
             spliced = world.ant and self.rng.random() < c.ant_spliced
             if spliced:
-                options = c.ant_steps, self.strides, self.rng, c.displace, c.on_colour
-                episodes = envs.ant_spliced_episodes(world, world.pretrain, pool, *options)
+                episodes = spliced_episodes(self.run, pool, self.rng)
             elif world.ant:  # as many jumps per second as in the spliced ones
                 options = c.noise, c.displace / envs.STRIDE, c.on_colour, min(world.limit, envs.STRIDE * c.ant_steps)
                 episodes = ant_episodes(self.run, world.pretrain, pool, self.rng, *options)[0]
@@ -751,12 +752,22 @@ class ExpertData:
                 options = noise, c.displace, c.on_colour
                 episodes = envs.expert_episodes(world, world.pretrain, pool, self.rng, *options)[0]
             order = np.argsort(episodes.mask.sum(axis=1), kind="stable").reshape(-1, self.batch)
-            uses = c.ant_reuse if world.ant and not spliced else 1
-            self.queue = [episodes.take(order[i]) for _ in range(uses) for i in self.rng.permutation(len(order))]
+            self.queue = [episodes.take(order[i]) for i in self.rng.permutation(len(order))]
         episodes = self.queue.pop()
         if world.ant:
             episodes = episodes.turned(world, *self.rng.integers(4, size=(2, self.batch)))
         return episodes
+
+
+def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
+    """The ant's expert in time-lapse. The strides are the same for every seed, as are the held-out episodes."""
+    c, world = run.config, run.world
+    if run.strides is None:
+        fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
+        run.strides = envs.ant_strides(32_768, fixed, c.noise, torch.get_num_threads())
+    return envs.ant_spliced_episodes(
+        world, world.pretrain, count, c.ant_steps, run.strides, rng, c.displace, c.on_colour
+    )
 
 
 def ant_episodes(run: Run, tasks, count: int, rng, *options):
@@ -986,9 +997,13 @@ def lower_residual(run: Run, base: BaseModel, cells):
 
 def mean_residual(run: Run, base: BaseModel):
     """Mean of the controlled residual over expert data (D,), or 0 where control is not centred."""
-    if not run.config.centred:
-        return torch.zeros(run.config.dim, device=run.device)
-    episodes = held_out(run)
+    c = run.config
+    if not c.centred:
+        return torch.zeros(c.dim, device=run.device)
+    if run.world.ant and c.ant_spliced:
+        episodes = spliced_episodes(run, 256, np.random.default_rng(10**9 + STREAMS["test"]))
+    else:
+        episodes = held_out(run)
     return lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))[run.tensor(episodes.mask)].mean(0)
 
 
@@ -1231,7 +1246,9 @@ def mirrored(run: Run, episodes: envs.Episodes, generator):
         return run.tensor(episodes.inputs())
     if run.world.ant:
         turns, legs = torch.randint(4, (2, len(episodes.mask)), generator=generator, device=run.device).cpu().numpy()
-        return run.tensor(envs.turn_ant(run.world, episodes.inputs(), turns, legs))
+        view = envs.turn_ant(run.world, episodes.inputs(), turns, legs)
+        view[..., : envs.ant_slices(run.world)["xy"].start] = 0  # no body: nothing for a code to be relative to
+        return run.tensor(view)
     cells = run.tensor(episodes.inputs())
     table = run.tensor(envs.mirror_table(run.world.size))
     symmetry = torch.randint(len(table), (len(cells), 1, 1), generator=generator, device=run.device)
@@ -1249,10 +1266,10 @@ def discovery_loss(
 ):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    The KL is charged at every step and is not multiplied by the gate. Gradients flow through the frozen upper
-    blocks. stage: "free" is the paper's loss; "held", codes serve a minimal time and no gradient reaches the gate
-    through what the base remembers, or it would stay shut to keep memory before there are codes worth switching
-    to; "blind", the base has no memory at all, so that the code must say everything.
+    The KL is charged at every step, as in the paper, or in proportion to the gate (`kl_at_switches`). Gradients
+    flow through the frozen upper blocks. stage: "free" is the paper's loss; "held", codes serve a minimal time and
+    no gradient reaches the gate through what the base remembers, or it would stay shut to keep memory before there
+    are codes worth switching to; "blind", the base has no memory at all, so that the code must say everything.
     """
     c = run.config
     mask = run.tensor(episodes.mask)
@@ -1266,7 +1283,8 @@ def discovery_loss(
     keep = memory_after(gate if stage == "free" else gate.detach(), "none" if stage == "blind" else c.memory)
     logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
     nll = action_nll(base, logits, episodes, run, c.soft_targets).sum(1).mean()
-    kl = (code_kl(mean, log_std) * mask).sum(1).mean()
+    price = mask * gate if c.kl_at_switches else mask
+    kl = (code_kl(mean, log_std) * price).sum(1).mean()
     stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
     return nll + kl_weight * kl, stats
 

@@ -649,7 +649,7 @@ def test_strides_walk_along_x():
 @pytest.mark.parametrize("displace", [0.0, 0.8])
 def test_spliced_ants(displace):
     """Spliced episodes pursue their task in order, never touch a wall or a wrong colour except by a jump, and
-    the torques are those of the trot for the body that is seen; the body moves the way the last decision was."""
+    no step but a jump is longer than to the next cell; how the body moves tells nothing of where the ant went."""
     rng = np.random.default_rng(1)
     data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 60, 70, strides(), rng, displace, 0.5)
     assert data.obs.shape[1] == 71 and data.actions.shape == (60, 70, 8)
@@ -663,14 +663,13 @@ def test_spliced_ants(displace):
         assert stages == task[: len(stages)] and data.walls[i, 0] not in cells
         solved += steps < 70
         assert steps == 70 or (stages == task and cells[-1] == data.colours[i, task[-1]])
-        far = np.hypot(np.diff(x), np.diff(y)) > 0.35
+        far = np.hypot(np.diff(x), np.diff(y)) > 1.35
         jumps += far.sum()
-        # Where it walked on, it moved as its body now moves.
         velocity = envs.symexp(data.obs[i, 1 : steps + 1, 13:15])
         along = (velocity * np.stack([np.diff(x), np.diff(y)], axis=1)).sum(axis=1)
         forward.append(along[~far])
-    assert (np.concatenate(forward) > 0).mean() > 0.8
-    assert (solved > 40) == (displace == 0) and (jumps > 1000) == (displace > 0)
+    assert 0.4 < (np.concatenate(forward) > 0).mean() < 0.6
+    assert solved > 40 and (jumps > 500) == (displace > 0)
 
 
 def test_spliced_torques_are_the_experts(monkeypatch):
@@ -1427,7 +1426,7 @@ def test_import_is_light():
 def test_classroom_learns(tmp_path):
     """The classroom preset, with half its RL: switches find the true subgoal changes (precision and recall at least
     0.9), and internal RL rises far above counting, to where raw-action RL does not come near."""
-    assert ir.main(["--no-figures", "--rl_episodes", "200000", "--out", str(tmp_path)]) == 0
+    assert ir.main(["--no-figures", "--rl_episodes", "50000", "--out", str(tmp_path)]) == 0
     found = results(tmp_path)
     assert found["switch_precision"] >= 0.9 and found["switch_recall"] >= 0.9
     assert found["internal_rl_success"] > 1000 * found["counting_success"] and found["raw_rl_success"] < 0.05
