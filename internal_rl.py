@@ -764,7 +764,7 @@ def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
     c, world = run.config, run.world
     if run.strides is None:
         fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
-        run.strides = envs.ant_strides(32_768, fixed, c.noise, torch.get_num_threads())
+        run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
     return envs.ant_spliced_episodes(
         world, world.pretrain, count, c.ant_steps, run.strides, rng, c.displace, c.on_colour
     )
