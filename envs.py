@@ -339,6 +339,11 @@ class Episodes(NamedTuple):
         things = np.broadcast_to(things[:, None], (*self.agent.shape, things.shape[1]))
         return np.concatenate([things, self.agent[..., None]], axis=-1)
 
+    @property
+    def asked(self) -> np.ndarray:
+        """What the expert saw when it chose `actions`, (N, T, O + W + 1)."""
+        return self.inputs()[:, :-1]
+
     def take(self, index) -> Episodes:
         """The episodes of `index`, with the padding cut to the longest of them."""
         longest = int(self.mask[index].sum(axis=1).max())
@@ -927,6 +932,7 @@ class AntEpisodes(NamedTuple):
     task: np.ndarray  # (N,) index into the list of tasks
     colours: np.ndarray  # (N, O) cells
     walls: np.ndarray  # (N, W) cells
+    asked: np.ndarray  # (N, T, F) what the expert saw when it gave `actions`: obs_1..T, or the ant put elsewhere
 
     def lengths(self) -> np.ndarray:
         """Steps of each episode, (N,): also the place of its last observation in `obs`."""
@@ -941,13 +947,14 @@ class AntEpisodes(NamedTuple):
         return self.obs[..., ant_slices(world)["xy"]] * np.float32(world.size * ANT_CELL / 2)
 
     def turned(self, world: TaskSet, turns: np.ndarray, legs: np.ndarray) -> AntEpisodes:
-        """The same episodes as `turn_ant` sees them; everything but `obs` and `actions` stays as it was."""
-        return self._replace(obs=turn_ant(world, self.obs, turns, legs), actions=turn_torques(self.actions, legs))
+        """The same episodes as `turn_ant` sees them; what is no observation and no action stays as it was."""
+        obs, asked = (turn_ant(world, part, turns, legs) for part in (self.obs, self.asked))
+        return self._replace(obs=obs, asked=asked, actions=turn_torques(self.actions, legs))
 
     def take(self, index) -> AntEpisodes:
         """The episodes of `index`, with the padding cut to the longest of them."""
         longest = int(self.mask[index].sum(axis=1).max())
-        cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
+        cut = {"obs": longest + 1} | dict.fromkeys(("actions", "goal", "mask", "asked"), longest)
         return AntEpisodes(*(v[index, : cut[k]] if k in cut else v[index] for k, v in self._asdict().items()))
 
 
@@ -964,14 +971,16 @@ def ant_expert_episodes(
     twice: about 0.1 MB an episode at limit 500.
     """
     width = ant_slices(world)["local"].stop  # of an observation
+    obs = np.zeros((count, world.limit + 1, width), dtype=np.float32)
     data = AntEpisodes(
-        obs=np.zeros((count, world.limit + 1, width), dtype=np.float32),
+        obs=obs,
         actions=np.zeros((count, world.limit, 8), dtype=np.float32),
         goal=np.full((count, world.limit), -1, dtype=np.int64),
         mask=np.zeros((count, world.limit), dtype=bool),
         task=np.zeros(count, dtype=np.int64),
         colours=np.zeros((count, world.colours), dtype=np.int64),
         walls=np.zeros((count, world.walls), dtype=np.int64),
+        asked=obs[:, :-1],
     )
     options = rng, noise, displace, on_colour, steps or world.limit, steps is not None, threads
     unsolvable, made, tried, succeeded = [], 0, 0, 0
@@ -986,7 +995,7 @@ def ant_expert_episodes(
         unsolvable.append(share)
         made, tried, succeeded = made + len(kept), tried + len(success), succeeded + int(success.sum())
     longest = int(data.lengths().max())
-    cut = {"obs": longest + 1, "actions": longest, "goal": longest, "mask": longest}
+    cut = {"obs": longest + 1} | dict.fromkeys(("actions", "goal", "mask", "asked"), longest)
     data = AntEpisodes(*(v[:, : cut[k]] if k in cut else v for k, v in data._asdict().items()))
     return data, float(np.mean(unsolvable)), succeeded / tried
 
@@ -1018,7 +1027,8 @@ def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, step
         if not len(alive):
             break
     success[alive] = unfinished
-    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls), success, share
+    episodes = AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls, obs[:, :-1])
+    return episodes, success, share
 
 
 STRIDE = 40  # control steps between two steps of a spliced trajectory
@@ -1068,15 +1078,17 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 
 def ant_spliced_episodes(
-    world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng, displace=0.0, on_colour=0.0
-) -> AntEpisodes:
+    world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng,
+    displace=0.0, on_colour=0.0, elsewhere=0.0,
+) -> AntEpisodes:  # fmt: skip
     """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
 
     Between two decisions the ant moves a stride's length on its way; how its body is moving then is one of `strides`
     (of `ant_strides`), turned anyhow. The recorded torques are the expert's for the place and the body. So the body
     tells nothing of where to go: who clones a simulated trajectory learns from the velocity to go on as before, and
     has no use for the goal. With chance `displace` the ant is then put somewhere else.
-    on_colour: share of episodes that start on a colour.
+    on_colour: share of episodes that start on a colour. elsewhere: share of the actions for which the expert is asked
+    as if the ant stood in another cell, on its way to the same goal (`asked`); the trajectory does not notice.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
@@ -1087,10 +1099,18 @@ def ant_spliced_episodes(
     obs = np.zeros((count, steps + 1, ant_slices(world)["local"].stop), dtype=np.float32)
     actions = np.zeros((count, steps, 8), dtype=np.float32)
     goal = np.full((count, steps), -1, dtype=np.int64)
+    asked = np.zeros_like(obs[:, 1:]) if elsewhere else obs[:, :-1]
     obs[:, 0] = batch.observe()
     for t in range(steps):
         way = ant_direction(batch, route, alive)
         actions[alive, t], goal[alive, t] = trot(batch.state, way), batch.goal()
+        if elsewhere:
+            here = batch.state[:, XY].copy(), batch.cell.copy()
+            moved = np.flatnonzero(rng.random(len(alive)) < elsewhere)
+            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
+            asked[alive, t] = batch.observe()
+            actions[alive, t] = trot(batch.state, ant_direction(batch, route, alive))
+            batch.state[:, XY], batch.cell = here
         length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive))
         xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
         xy = (xy + 0.02 * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
@@ -1111,7 +1131,7 @@ def ant_spliced_episodes(
         batch.select(~done)
         if not len(alive):
             break
-    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls)
+    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls, asked)
 
 
 def make_batch(world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):

@@ -111,6 +111,7 @@ class Config:
     steer_steps: int = 700  # (ours)
     steer_batch: int = 64  # episodes (ours)
     steer_lr: float = 5e-3  # peak, cosine (ours)
+    elsewhere: float = 0.0  # ant, and in phase 2: no jumps, but this share of actions is the expert's elsewhere (ours)
     # metacontroller (paper: App. D.2, Table of sizes)
     history_dim: int = 32  # n_h (paper)
     summary_dim: int = 32  # n_s (paper)
@@ -170,10 +171,10 @@ GRID = {
 }  # fmt: skip
 ANT = {
     "classroom": replace(
-        CLASSROOM, world="ant", dim=128, mlp=256, control_block=0, noise=0.05, memory="none",
-        smooth_decoder=True, kl_at_switches=True, pretrain_steps=3000, pretrain_lr=5e-3, steer_steps=800,
-        steer_lr=6e-3, discover_steps=2500, discover_lr=2e-3, discover_blind=0, discover_held=0, kl_weight=0.7,
-        kl_ramp=(300, 1500), rl_episodes=51_200, rl_batch=1024, eval_episodes=512, random_episodes=4096,
+        CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
+        obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
+        steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
+        kl_weight=0.7, kl_ramp=(300, 1500), rl_episodes=51_200, rl_batch=1024, eval_episodes=512, random_episodes=4096,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -218,8 +219,11 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    if not 0 <= c.ant_spliced <= 1:
-        raise Failure(f"--ant_spliced={c.ant_spliced}: must be in [0, 1]")
+    for name in ("ant_spliced", "elsewhere"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1]")
+    if c.elsewhere and not (envs.TASK_SETS[c.world].ant and c.ant_spliced == 1 and c.memory == "none"):
+        raise Failure(f"--elsewhere={c.elsewhere}: must be 0 but for the ant with --ant_spliced 1 and --memory none")
     for name in ("rl_temperature", "policy_std", "init_scale"):
         if getattr(c, name) <= 0:
             raise Failure(f"--{name}={getattr(c, name)}: must be above 0")
@@ -765,8 +769,10 @@ def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
     if run.strides is None:
         fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
         run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
+    elsewhere = 0.0 if run.phase == "pretrain" else c.elsewhere
+    jumps = 0.0 if elsewhere else c.displace
     return envs.ant_spliced_episodes(
-        world, world.pretrain, count, c.ant_steps, run.strides, rng, c.displace, c.on_colour
+        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere
     )
 
 
@@ -1017,7 +1023,7 @@ def steer(run: Run, base: BaseModel) -> tuple[Labels, dict]:
     for step in range(1, c.steer_steps + 1):
         episodes = data.next()
         subgoal, changed = subgoals(run.world, episodes)
-        residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
+        residual = lower_residual(run, base, run.tensor(episodes.asked))
         controller = labels.controller(run.tensor(np.maximum(subgoal, 0)))
         keep = memory_after(run.tensor(changed).float(), c.memory)
         logits, _ = base.upper(apply_controller(residual, controller, labels.mean), keep)
@@ -1255,10 +1261,23 @@ def mirrored(run: Run, episodes: envs.Episodes, generator):
     return table[symmetry, cells]
 
 
-def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
-    """What the encoder makes of a mirrored copy of the episodes: mean, log_std of the proposals, (B, T, Z)."""
-    view = lower_residual(run, base, mirrored(run, episodes, generator))
-    return meta.encode(view, run.tensor(episodes.lengths()))
+def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, brief=False):
+    """What the encoder makes of a mirrored copy of the episodes: mean, log_std of the proposals, (B, T, Z).
+
+    brief: it reads only the steps that lead into another cell, and those between take over their proposal. The spliced
+    ants that it has learned from enter a cell with most of their steps, a simulated one with every 60th.
+    """
+    view, length = lower_residual(run, base, mirrored(run, episodes, generator)), run.tensor(episodes.lengths())
+    if not brief:
+        return meta.encode(view, length)
+    cell = base.embed.places(run.tensor(episodes.inputs()))[..., -1, :].floor()
+    step = torch.arange(cell.shape[1], device=run.device)
+    entry = ((cell != shift_right(cell)).any(-1) | (step == 0)) & (step < length[:, None])
+    number, count = entry.cumsum(1) - 1, entry.sum(1)  # of the entry that each step belongs to
+    entries = length[:, None].repeat(1, int(count.max()) + 1)  # the last observation closes each sequence
+    entries[torch.nonzero(entry)[:, 0], number[entry]] = step.expand_as(entry)[entry]
+    parts = meta.encode(view.gather(1, entries[..., None].expand(-1, -1, view.shape[-1])), count)
+    return tuple(part.gather(1, number[:, :-1, None].expand(-1, -1, meta.code_dim)) for part in parts)
 
 
 def discovery_loss(
@@ -1267,7 +1286,9 @@ def discovery_loss(
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     The KL is charged at every step, as in the paper, or in proportion to the gate (`kl_at_switches`). Gradients
-    flow through the frozen upper blocks. stage: "free" is the paper's loss; "held", codes serve a minimal time and
+    flow through the frozen upper blocks. The gate and the encoder see the trajectory; the base is steered where the
+    expert was asked, which is somewhere else for a share `elsewhere` of the actions: a heading would not help there,
+    the subgoal does. stage: "free" is the paper's loss; "held", codes serve a minimal time and
     no gradient reaches the gate through what the base remembers, or it would stay shut to keep memory before there
     are codes worth switching to; "blind", the base has no memory at all, so that the code must say everything.
     """
@@ -1281,6 +1302,8 @@ def discovery_loss(
         hold = torch.randint(c.hold + 1, (len(mask),), generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hold)
     keep = memory_after(gate if stage == "free" else gate.detach(), "none" if stage == "blind" else c.memory)
+    if c.elsewhere:
+        residual = lower_residual(run, base, run.tensor(episodes.asked))
     logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
     nll = action_nll(base, logits, episodes, run, c.soft_targets).sum(1).mean()
     price = mask * gate if c.kl_at_switches else mask
@@ -1321,11 +1344,16 @@ def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int = 1) -> flo
     return float((marks & near).sum() / max(1, marks.sum()))
 
 
+def simulated(run: Run) -> bool:
+    """Whether held-out episodes, which are simulated, have another pace than those that were learned from."""
+    return run.world.ant and run.config.ant_spliced > 0
+
+
 @torch.no_grad()
 def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
     """Codes and gates with the gate rounded as in phase 3, and the KL: (B, T, Z), (B, T), (B, T)."""
     residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
-    mean, log_std = posterior(run, base, meta, episodes, generator)
+    mean, log_std = posterior(run, base, meta, episodes, generator, brief=simulated(run))
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hard=True)
     return code, gate, code_kl(mean, log_std)
@@ -1645,7 +1673,7 @@ def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -
     episodes = held_out(run).take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
     residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
-    mean, _ = posterior(run, base, meta, episodes, generator)
+    mean, _ = posterior(run, base, meta, episodes, generator, brief=simulated(run))
     gate = meta.integrate(residual, mean)[1].cpu().numpy()
     figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
     for i, axis in enumerate(axes):
@@ -1975,9 +2003,10 @@ def make_config(args) -> Config:
         if getattr(args, f.name) is not None
     }
     config = replace(config, **given)
-    check_config(config)
-    if envs.TASK_SETS[config.world].ant != (args.env == "ant"):
+    world = envs.TASK_SETS.get(config.world)
+    if world and world.ant != (args.env == "ant"):
         raise Failure(f"--world={config.world}: not a world of --env {args.env}")
+    check_config(config)
     return config
 
 

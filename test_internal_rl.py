@@ -687,6 +687,31 @@ def test_spliced_torques_are_the_experts(monkeypatch):
         assert (np.abs(np.angle(np.exp(1j * (angles - way[:, None])))).min(axis=1) < 1e-3).mean() > 0.99
 
 
+def test_asked_elsewhere(monkeypatch):
+    """Elsewhere the expert goes for the same colour, in a cell that is no wall; the trajectory does not notice."""
+
+    def spliced(elsewhere):
+        return envs.ant_spliced_episodes(
+            ANT, ANT.pretrain, 40, 20, strides(), np.random.default_rng(3), 0, 0, elsewhere
+        )
+
+    plain = spliced(0.0)
+    assert np.array_equal(plain.asked, plain.obs[:, :-1])
+    trot, calls = envs.trot, []
+    monkeypatch.setattr(envs, "trot", lambda *a: calls.append(trot(*a)) or calls[-1])
+    data = spliced(0.7)
+    things, goals = envs.ant_slices(ANT)["things"], data.goal[data.mask]
+    moved = (data.asked != data.obs[:, :-1]).any(axis=-1)[data.mask]
+    assert 0.5 < moved.mean() < 0.75 and data.goal.max() > 0
+    assert np.array_equal(data.actions[:, 0], calls[1].astype(np.float32))  # asked again, where the ant now stands
+    offset = data.asked[data.mask][moved][:, things].reshape(-1, ANT.colours + ANT.walls, 2) * ANT.size / 2
+    inside = np.abs(offset).max(axis=-1) < 0.5  # of one cell
+    assert not inside[:, ANT.colours :].any()
+    assert not inside[np.arange(len(inside)), goals[moved]].any() and inside.any()
+    far = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[data.mask]
+    assert far.max() < 1.35
+
+
 def test_turned_ant_is_the_same_task():
     """A turned world with renamed legs is an exact symmetry: the turned observation is that of the turned state, and
     the turned torques lead from there to the turned next state."""
@@ -1075,6 +1100,46 @@ def test_gate_learns_from_memory_only_when_free(stage, learns):
     assert (gradient is not None and gradient.abs().item() > 1e-6) == learns
 
 
+def ant_meta(**changes):
+    """A run of the ant, a base and a metacontroller with random weights, and 24 spliced episodes."""
+    run = make_run(world="ant", memory="none", control_block=0, **changes)
+    torch.manual_seed(0)
+    base = wake(ir.BaseModel(run.config)).requires_grad_(False)
+    rng = np.random.default_rng(5)
+    episodes = envs.ant_spliced_episodes(ANT, ANT.pretrain, 24, 16, strides(), rng, elsewhere=0.7)
+    return run, base, make_meta(run), episodes
+
+
+def test_elsewhere_only_the_base_acts():
+    """Where the expert was asked decides the loss of the actions, but not codes and gates: they see the trajectory."""
+    run, base, meta, episodes = ant_meta(elsewhere=0.7)
+    here, there = (
+        ir.discovery_loss(run, base, meta, e, generators()[1], 0.1, "free")[1]
+        for e in (episodes._replace(asked=episodes.obs[:, :-1]), episodes)
+    )
+    assert here["kl"] == there["kl"] and here["gates"] == there["gates"] and here["nll"] != there["nll"]
+
+
+def test_brief_posterior_ignores_the_pace():
+    """Read briefly, an episode in which every step is drawn out to seven has the proposals of one that is not."""
+    run, base, meta, data = ant_meta()
+    cells = base.embed.places(torch.from_numpy(data.obs))[..., -1, :].floor()
+    for i in range(24):  # keep the steps that lead into another cell
+        n = data.lengths()[i]
+        kept = [0] + [t for t in range(1, n) if (cells[i, t] != cells[i, t - 1]).any()]
+        obs = np.concatenate([data.obs[i, kept], data.obs[i, n : n + 1]])[None]
+        mask = np.ones((1, len(kept)), dtype=bool)
+        brisk = data._replace(obs=obs, mask=mask, actions=data.actions[i : i + 1, kept])
+        drawn_out = brisk._replace(
+            obs=np.concatenate([np.repeat(obs[:, :-1], 7, axis=1), obs[:, -1:]], axis=1),
+            mask=np.repeat(mask, 7, axis=1),
+        )
+        plain = ir.posterior(run, base, meta, brisk, generators()[1])
+        brief = ir.posterior(run, base, meta, drawn_out, generators()[1], brief=True)
+        for a, b in zip(plain, brief):
+            assert torch.allclose(a.repeat_interleave(7, dim=1), b, atol=1e-5)
+
+
 @SUMMARIES
 def test_padding_changes_no_discovery_loss(summary):
     """More padding changes neither NLL nor KL nor gates: the embedder reads backwards, but not from the padding."""
@@ -1354,7 +1419,8 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, world):
 @pytest.mark.parametrize("flags", [
     "--colour 3", "--pre laptop", "--env maze", "--preset laptop --env ant", "--world small --env ant", "--world ant",
     "--preset huge", "--world large", "--block lstm", "--memory some", "--summary half", "--dim 0", "--dim abc",
-    "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5", "--displace -0.1", "--forget 2", "--forget x",
+    "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5", "--displace -0.1", "--elsewhere 0.5",
+    "--forget 2", "--forget x",
     "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0", "--centred maybe", "--heads 5 --block transformer",
     "--seed -1", "--seed x", "--seed 99999999999999999999", "--threads -1", "--threads x", "--device tpu",
     "--device cuda", "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--weight_decay -1",
