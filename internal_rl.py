@@ -148,6 +148,7 @@ class Config:
     policy_dim: int = 64  # width of the one-block recurrent policy (paper: 256)
     policy_std: float = 1.0  # initial standard deviation, that of the codes' prior
     raw_lr: float = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
+    raw_failures: int = 100_000  # it learns from all successes of a batch, and from this many failures at most (ours)
 
 
 CLASSROOM = Config()
@@ -174,7 +175,8 @@ ANT = {
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
         obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        kl_weight=0.7, kl_ramp=(300, 1500), rl_episodes=51_200, rl_batch=1024, eval_episodes=512, random_episodes=4096,
+        kl_weight=0.7, kl_ramp=(300, 1500), rl_episodes=51_200, eval_episodes=512, random_episodes=4096,
+        raw_failures=60,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -1586,6 +1588,20 @@ def terminal_advantage(reward):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
 
 
+def thin(batch: Batch, failures: int, generator) -> Batch:
+    """All successes of a batch and at most so many of its failures, drawn at random.
+
+    What is left has the gradient of the whole in expectation, up to a factor: the advantages of its failures add up to
+    minus those of its successes, as they do in the whole.
+    """
+    failed = torch.nonzero(batch.reward == 0)[:, 0]
+    if len(failed) <= failures:
+        return batch
+    kept = torch.ones_like(batch.reward, dtype=torch.bool)
+    kept[failed[torch.randperm(len(failed), generator=generator, device=failed.device)[failures:]]] = False
+    return Batch(*(part[kept] for part in batch))
+
+
 def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
     """Critic-free clipped REINFORCE on one terminal reward -> [(episodes, success of that batch)].
 
@@ -1600,6 +1616,9 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
         batch = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch
         curve.append((episodes, batch.reward.mean().item()))
+        decisions = batch.mask.sum(1).mean().item()
+        if phase == "raw":
+            batch = thin(batch, c.raw_failures, generator)
         # advantage
         advantage = terminal_advantage(batch.reward)
         # update: without a single success every advantage, hence the gradient, is exactly zero
@@ -1613,7 +1632,7 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
                     loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
                     update(learner.model, loss, [learner.optimiser], [])
         # log
-        run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=batch.mask.sum(1).mean().item())
+        run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=decisions)
     return curve
 
 

@@ -1274,6 +1274,22 @@ def test_objective_by_hand():
     expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / (math.sqrt(3) / 4 + 1e-3)
     assert torch.allclose(ir.terminal_advantage(torch.tensor([1.0, 0, 0, 0])), expected)
     assert not ir.terminal_advantage(torch.zeros(4)).any()
+
+
+def test_thinned_batch_has_the_same_gradient():
+    """Thinning keeps every success and the asked number of failures; averaged over many draws, the advantages of the
+    episodes are those of the whole batch, up to one factor."""
+    reward = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    number, total = torch.arange(10), torch.zeros(10)
+    for seed in range(2000):
+        generator = torch.Generator().manual_seed(seed)
+        thinned = ir.thin(ir.Batch(number, number, number, number, reward), 4, generator)
+        assert len(thinned.reward) == 6 and thinned.reward.sum() == 2
+        total[thinned.inputs] += ir.terminal_advantage(thinned.reward)
+    whole = ir.terminal_advantage(reward)
+    assert torch.allclose(total / total[0], whole / whole[0], atol=0.04)
+    batch = ir.Batch(number, number, number, number, reward)
+    assert ir.thin(batch, 8, generators()[1]) is batch
     log_prob, old, advantage, made, gains = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5), [4, 2, 1, 3, 4], []
     for n in range(5):
         for k in range(made[n]):
