@@ -1079,7 +1079,7 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 def ant_spliced_episodes(
     world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng,
-    displace=0.0, on_colour=0.0, elsewhere=0.0,
+    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0,
 ) -> AntEpisodes:  # fmt: skip
     """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
 
@@ -1089,6 +1089,8 @@ def ant_spliced_episodes(
     has no use for the goal. With chance `displace` the ant is then put somewhere else.
     on_colour: share of episodes that start on a colour. elsewhere: share of the actions for which the expert is asked
     as if the ant stood in another cell, on its way to the same goal (`asked`); the trajectory does not notice.
+    short: share of episodes without jumps whose steps are 1/20 to 1/2 of a stride, the same throughout an episode: a
+    model that never saw itself creep does not know that it has set out for something, and hesitates for ever.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
@@ -1100,6 +1102,10 @@ def ant_spliced_episodes(
     actions = np.zeros((count, steps, 8), dtype=np.float32)
     goal = np.full((count, steps), -1, dtype=np.int64)
     asked = np.zeros_like(obs[:, 1:]) if elsewhere else obs[:, :-1]
+    scale = np.ones(count)
+    if short:
+        scale = np.where(rng.random(count) < short, 0.5 * 10.0 ** -rng.random(count), 1.0)
+    chance = np.where(scale < 1, 0.0, displace)
     obs[:, 0] = batch.observe()
     for t in range(steps):
         way = ant_direction(batch, route, alive)
@@ -1111,9 +1117,11 @@ def ant_spliced_episodes(
             asked[alive, t] = batch.observe()
             actions[alive, t] = trot(batch.state, ant_direction(batch, route, alive))
             batch.state[:, XY], batch.cell = here
-        length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive))
+        length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive)) * scale[alive]
         xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
-        xy = (xy + 0.02 * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
+        xy = (xy + 0.02 * np.sqrt(scale[alive])[:, None] * rng.standard_normal(xy.shape)).clip(
+            0.01 - batch._half, batch._half - 0.01
+        )
         cell = batch._cell_of(xy)
         content = np.where(cell != batch.cell, batch.content[batch._rows, cell], -1)
         visit = (content >= 0) & (content == batch.goal())
@@ -1124,7 +1132,7 @@ def ant_spliced_episodes(
         batch.state[:, XY], batch.cell = xy, cell
         batch.stage += visit
         done = batch.stage == batch.lengths
-        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < displace))
+        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < chance[alive]))
         _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
         obs[alive, t + 1] = batch.observe()
         alive = alive[~done]

@@ -102,6 +102,7 @@ class Config:
     on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
     ant_steps: int = 16  # training episodes of the ant are cut after this many decisions, finished or not (ours)
     ant_spliced: float = 1.0  # share of its batches that are spliced from strides, not simulated (ours)
+    ant_short: float = 0.0  # share of spliced episodes of phase 1 with short steps and no jumps (ours)
     forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
@@ -173,7 +174,7 @@ GRID = {
 ANT = {
     "classroom": replace(
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
-        obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
+        ant_short=0.3, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
         kl_weight=0.7, kl_ramp=(300, 1500), rl_episodes=51_200, eval_episodes=512, random_episodes=4096,
         raw_failures=60,
@@ -221,7 +222,7 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    for name in ("ant_spliced", "elsewhere"):
+    for name in ("ant_spliced", "ant_short", "elsewhere"):
         if not 0 <= getattr(c, name) <= 1:
             raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1]")
     if c.elsewhere and not (envs.TASK_SETS[c.world].ant and c.ant_spliced == 1 and c.memory == "none"):
@@ -771,10 +772,10 @@ def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
     if run.strides is None:
         fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
         run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
-    elsewhere = 0.0 if run.phase == "pretrain" else c.elsewhere
+    elsewhere, short = (0.0, c.ant_short) if run.phase == "pretrain" else (c.elsewhere, 0.0)
     jumps = 0.0 if elsewhere else c.displace
     return envs.ant_spliced_episodes(
-        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere
+        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere, short
     )
 
 

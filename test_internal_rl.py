@@ -687,6 +687,17 @@ def test_spliced_torques_are_the_experts(monkeypatch):
         assert (np.abs(np.angle(np.exp(1j * (angles - way[:, None])))).min(axis=1) < 1e-3).mean() > 0.99
 
 
+def test_short_steps():
+    """The asked share of episodes creeps: no jumps, at a pace of its own between a twentieth and half of a stride."""
+    rng = np.random.default_rng(2)
+    data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 200, 6, strides(), rng, displace=0.5, short=0.4)
+    step = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))
+    creeps = np.array([row[live].max() < 0.75 * envs.STRIDE_LENGTH for row, live in zip(step, data.mask)])
+    assert 0.3 < creeps.mean() < 0.6
+    pace = np.sort(np.array([np.median(row[live]) for row, live in zip(step, data.mask)])[creeps] / envs.STRIDE_LENGTH)
+    assert pace[0] < 0.1 and 0.3 < pace[-5] < 0.7 and pace[len(pace) // 2] < 0.3
+
+
 def test_asked_elsewhere(monkeypatch):
     """Elsewhere the expert goes for the same colour, in a cell that is no wall; the trajectory does not notice."""
 
