@@ -1089,8 +1089,8 @@ def ant_spliced_episodes(
     has no use for the goal. With chance `displace` the ant is then put somewhere else.
     on_colour: share of episodes that start on a colour. elsewhere: share of the actions for which the expert is asked
     as if the ant stood in another cell, on its way to the same goal (`asked`); the trajectory does not notice.
-    short: share of episodes without jumps whose steps are 1/20 to 1/2 of a stride, the same throughout an episode: a
-    model that never saw itself creep does not know that it has set out for something, and hesitates for ever.
+    short: share of episodes whose steps are 1/20 to 1/2 of a stride, the same throughout an episode, with as many
+    jumps to the metre: a model that never saw itself creep does not know that it has set out, and hesitates.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
@@ -1105,7 +1105,6 @@ def ant_spliced_episodes(
     scale = np.ones(count)
     if short:
         scale = np.where(rng.random(count) < short, 0.5 * 10.0 ** -rng.random(count), 1.0)
-    chance = np.where(scale < 1, 0.0, displace)
     obs[:, 0] = batch.observe()
     for t in range(steps):
         way = ant_direction(batch, route, alive)
@@ -1119,7 +1118,8 @@ def ant_spliced_episodes(
             batch.state[:, XY], batch.cell = here
         length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive)) * scale[alive]
         xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
-        xy = (xy + 0.02 * np.sqrt(scale[alive])[:, None] * rng.standard_normal(xy.shape)).clip(
+        # Off the track: who imitates the expert will never walk quite as it does.
+        xy = (xy + 0.1 * np.sqrt(scale[alive])[:, None] * rng.standard_normal(xy.shape)).clip(
             0.01 - batch._half, batch._half - 0.01
         )
         cell = batch._cell_of(xy)
@@ -1132,7 +1132,7 @@ def ant_spliced_episodes(
         batch.state[:, XY], batch.cell = xy, cell
         batch.stage += visit
         done = batch.stage == batch.lengths
-        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < chance[alive]))
+        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < displace * scale[alive]))
         _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
         obs[alive, t + 1] = batch.observe()
         alive = alive[~done]

@@ -102,7 +102,7 @@ class Config:
     on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
     ant_steps: int = 16  # training episodes of the ant are cut after this many decisions, finished or not (ours)
     ant_spliced: float = 1.0  # share of its batches that are spliced from strides, not simulated (ours)
-    ant_short: float = 0.0  # share of spliced episodes of phase 1 with short steps and no jumps (ours)
+    ant_short: float = 0.0  # share of spliced episodes of phase 1 with short steps (ours)
     forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
     memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
     # controllers
@@ -174,7 +174,7 @@ GRID = {
 ANT = {
     "classroom": replace(
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
-        ant_short=0.3, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
+        ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
         kl_weight=0.7, kl_ramp=(300, 1500), rl_episodes=51_200, eval_episodes=512, random_episodes=4096,
         raw_failures=60,

@@ -663,7 +663,7 @@ def test_spliced_ants(displace):
         assert stages == task[: len(stages)] and data.walls[i, 0] not in cells
         solved += steps < 70
         assert steps == 70 or (stages == task and cells[-1] == data.colours[i, task[-1]])
-        far = np.hypot(np.diff(x), np.diff(y)) > 1.35
+        far = np.hypot(np.diff(x), np.diff(y)) > 1.7
         jumps += far.sum()
         velocity = envs.symexp(data.obs[i, 1 : steps + 1, 13:15])
         along = (velocity * np.stack([np.diff(x), np.diff(y)], axis=1)).sum(axis=1)
@@ -688,9 +688,9 @@ def test_spliced_torques_are_the_experts(monkeypatch):
 
 
 def test_short_steps():
-    """The asked share of episodes creeps: no jumps, at a pace of its own between a twentieth and half of a stride."""
+    """The asked share of episodes creeps, each at its own pace between a twentieth and half of a stride."""
     rng = np.random.default_rng(2)
-    data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 200, 6, strides(), rng, displace=0.5, short=0.4)
+    data = envs.ant_spliced_episodes(ANT, ANT.pretrain, 200, 6, strides(), rng, short=0.4)
     step = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))
     creeps = np.array([row[live].max() < 0.75 * envs.STRIDE_LENGTH for row, live in zip(step, data.mask)])
     assert 0.3 < creeps.mean() < 0.6
@@ -720,7 +720,7 @@ def test_asked_elsewhere(monkeypatch):
     assert not inside[:, ANT.colours :].any()
     assert not inside[np.arange(len(inside)), goals[moved]].any() and inside.any()
     far = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[data.mask]
-    assert far.max() < 1.35
+    assert far.max() < 1.7
 
 
 def test_turned_ant_is_the_same_task():
