@@ -1105,6 +1105,7 @@ def ant_spliced_episodes(
     scale = np.ones(count)
     if short:
         scale = np.where(rng.random(count) < short, 0.5 * 10.0 ** -rng.random(count), 1.0)
+    stray = np.where(scale < 1, 0.1 * np.sqrt(scale), 0.02)  # creeping, the base will hardly keep to the track
     obs[:, 0] = batch.observe()
     for t in range(steps):
         way = ant_direction(batch, route, alive)
@@ -1118,10 +1119,7 @@ def ant_spliced_episodes(
             batch.state[:, XY], batch.cell = here
         length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive)) * scale[alive]
         xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
-        # Off the track: who imitates the expert will never walk quite as it does.
-        xy = (xy + 0.1 * np.sqrt(scale[alive])[:, None] * rng.standard_normal(xy.shape)).clip(
-            0.01 - batch._half, batch._half - 0.01
-        )
+        xy = (xy + stray[alive, None] * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
         cell = batch._cell_of(xy)
         content = np.where(cell != batch.cell, batch.content[batch._rows, cell], -1)
         visit = (content >= 0) & (content == batch.goal())

@@ -663,7 +663,7 @@ def test_spliced_ants(displace):
         assert stages == task[: len(stages)] and data.walls[i, 0] not in cells
         solved += steps < 70
         assert steps == 70 or (stages == task and cells[-1] == data.colours[i, task[-1]])
-        far = np.hypot(np.diff(x), np.diff(y)) > 1.7
+        far = np.hypot(np.diff(x), np.diff(y)) > 1.35
         jumps += far.sum()
         velocity = envs.symexp(data.obs[i, 1 : steps + 1, 13:15])
         along = (velocity * np.stack([np.diff(x), np.diff(y)], axis=1)).sum(axis=1)
@@ -720,7 +720,7 @@ def test_asked_elsewhere(monkeypatch):
     assert not inside[:, ANT.colours :].any()
     assert not inside[np.arange(len(inside)), goals[moved]].any() and inside.any()
     far = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[data.mask]
-    assert far.max() < 1.7
+    assert far.max() < 1.35
 
 
 def test_turned_ant_is_the_same_task():
