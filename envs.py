@@ -994,10 +994,7 @@ def ant_expert_episodes(
             whole[made : made + len(kept), ...] = some[kept]
         unsolvable.append(share)
         made, tried, succeeded = made + len(kept), tried + len(success), succeeded + int(success.sum())
-    longest = int(data.lengths().max())
-    cut = {"obs": longest + 1} | dict.fromkeys(("actions", "goal", "mask", "asked"), longest)
-    data = AntEpisodes(*(v[:, : cut[k]] if k in cut else v for k, v in data._asdict().items()))
-    return data, float(np.mean(unsolvable)), succeeded / tried
+    return data.take(slice(None)), float(np.mean(unsolvable)), succeeded / tried
 
 
 def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, steps, unfinished, threads):
@@ -1109,8 +1106,10 @@ def ant_spliced_episodes(
     obs[:, 0] = batch.observe()
     for t in range(steps):
         way = ant_direction(batch, route, alive)
-        actions[alive, t], goal[alive, t] = trot(batch.state, way), batch.goal()
-        if elsewhere:
+        goal[alive, t] = batch.goal()
+        if not elsewhere:
+            actions[alive, t] = trot(batch.state, way)
+        else:
             here = batch.state[:, XY].copy(), batch.cell.copy()
             moved = np.flatnonzero(rng.random(len(alive)) < elsewhere)
             _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)

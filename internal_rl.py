@@ -1278,7 +1278,8 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
     entry = ((cell != shift_right(cell)).any(-1) | (step == 0)) & (step < length[:, None])
     number, count = entry.cumsum(1) - 1, entry.sum(1)  # of the entry that each step belongs to
     entries = length[:, None].repeat(1, int(count.max()) + 1)  # the last observation closes each sequence
-    entries[torch.nonzero(entry)[:, 0], number[entry]] = step.expand_as(entry)[entry]
+    rows, steps = torch.nonzero(entry, as_tuple=True)
+    entries[rows, number[entry]] = steps
     parts = meta.encode(view.gather(1, entries[..., None].expand(-1, -1, view.shape[-1])), count)
     return tuple(part.gather(1, number[:, :-1, None].expand(-1, -1, meta.code_dim)) for part in parts)
 

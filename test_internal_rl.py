@@ -714,7 +714,7 @@ def test_asked_elsewhere(monkeypatch):
     things, goals = envs.ant_slices(ANT)["things"], data.goal[data.mask]
     moved = (data.asked != data.obs[:, :-1]).any(axis=-1)[data.mask]
     assert 0.5 < moved.mean() < 0.75 and data.goal.max() > 0
-    assert np.array_equal(data.actions[:, 0], calls[1].astype(np.float32))  # asked again, where the ant now stands
+    assert np.array_equal(data.actions[:, 0], calls[0].astype(np.float32))  # asked where the ant now stands
     offset = data.asked[data.mask][moved][:, things].reshape(-1, ANT.colours + ANT.walls, 2) * ANT.size / 2
     inside = np.abs(offset).max(axis=-1) < 0.5  # of one cell
     assert not inside[:, ANT.colours :].any()
@@ -1285,6 +1285,13 @@ def test_objective_by_hand():
     expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / (math.sqrt(3) / 4 + 1e-3)
     assert torch.allclose(ir.terminal_advantage(torch.tensor([1.0, 0, 0, 0])), expected)
     assert not ir.terminal_advantage(torch.zeros(4)).any()
+    log_prob, old, advantage, made, gains = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5), [4, 2, 1, 3, 4], []
+    for n in range(5):
+        for k in range(made[n]):
+            ratio = math.exp(log_prob[n, k] - old[n, k])
+            gains.append(min(ratio * advantage[n].item(), min(max(ratio, 0.8), 1.2) * advantage[n].item()))
+    mask = (torch.arange(4) < torch.tensor(made)[:, None]).float()
+    assert ir.policy_loss(log_prob, old, advantage, mask, 0.2).item() == pytest.approx(-np.mean(gains), rel=1e-4)
 
 
 def test_thinned_batch_has_the_same_gradient():
@@ -1301,13 +1308,6 @@ def test_thinned_batch_has_the_same_gradient():
     assert torch.allclose(total / total[0], whole / whole[0], atol=0.04)
     batch = ir.Batch(number, number, number, number, reward)
     assert ir.thin(batch, 8, generators()[1]) is batch
-    log_prob, old, advantage, made, gains = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5), [4, 2, 1, 3, 4], []
-    for n in range(5):
-        for k in range(made[n]):
-            ratio = math.exp(log_prob[n, k] - old[n, k])
-            gains.append(min(ratio * advantage[n].item(), min(max(ratio, 0.8), 1.2) * advantage[n].item()))
-    mask = (torch.arange(4) < torch.tensor(made)[:, None]).float()
-    assert ir.policy_loss(log_prob, old, advantage, mask, 0.2).item() == pytest.approx(-np.mean(gains), rel=1e-4)
 
 
 def bandit(run, policy):
