@@ -1076,7 +1076,7 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 def ant_spliced_episodes(
     world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng,
-    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0,
+    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0, pause=0.0,
 ) -> AntEpisodes:  # fmt: skip
     """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
 
@@ -1088,6 +1088,7 @@ def ant_spliced_episodes(
     as if the ant stood in another cell, on its way to the same goal (`asked`); the trajectory does not notice.
     short: share of episodes whose steps are 1/20 to 1/2 of a stride, the same throughout an episode, with as many
     jumps to the metre: a model that never saw itself creep does not know that it has set out, and hesitates.
+    pause: chance per decision to move a tenth of it only, so that the ant often still stands where it has visited.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
@@ -1117,6 +1118,8 @@ def ant_spliced_episodes(
             actions[alive, t] = trot(batch.state, ant_direction(batch, route, alive))
             batch.state[:, XY], batch.cell = here
         length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive)) * scale[alive]
+        if pause:
+            length *= np.where(rng.random(len(alive)) < pause, 0.1, 1.0)
         xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
         xy = (xy + stray[alive, None] * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
         cell = batch._cell_of(xy)

@@ -129,6 +129,7 @@ class Config:
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
     kl_at_switches: bool = False  # the KL is charged where the gate opens, not at every step (ours, ant)
+    ant_pause: float = 0.0  # chance per spliced decision of phase 2 to hardly move (ours)
     discover_blind: int = 1500  # first steps of phase 2, in which the base has no memory at all (ours)
     discover_held: int = 2000  # until here the gate does not learn from memory, and codes are held (ours)
     hold: int = 0  # a held code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
@@ -176,7 +177,7 @@ ANT = {
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
         ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        kl_weight=0.7, kl_ramp=(300, 1500), rl_batch=512, rl_episodes=51_200, eval_episodes=512,
+        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=512, rl_episodes=51_200, eval_episodes=512,
         random_episodes=4096, raw_failures=60,
     ),
     "paper": replace(
@@ -222,7 +223,7 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    for name in ("ant_spliced", "ant_short", "elsewhere"):
+    for name in ("ant_spliced", "ant_short", "elsewhere", "ant_pause"):
         if not 0 <= getattr(c, name) <= 1:
             raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1]")
     if c.elsewhere and not (envs.TASK_SETS[c.world].ant and c.ant_spliced == 1 and c.memory == "none"):
@@ -773,9 +774,9 @@ def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
         fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
         run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
     elsewhere, short = (0.0, c.ant_short) if run.phase == "pretrain" else (c.elsewhere, 0.0)
-    jumps = 0.0 if elsewhere else c.displace
+    jumps, pause = 0.0 if elsewhere else c.displace, c.ant_pause if run.phase == "discover" else 0.0
     return envs.ant_spliced_episodes(
-        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere, short
+        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere, short, pause
     )
 
 
@@ -1289,7 +1290,7 @@ def discovery_loss(
 ):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    The KL is charged at every step, as in the paper, or in proportion to the gate (`kl_at_switches`). Gradients
+    The KL is charged at every step, as in the paper, or where the gate opens (`kl_at_switches`). Gradients
     flow through the frozen upper blocks. The gate and the encoder see the trajectory; the base is steered where the
     expert was asked, which is somewhere else for a share `elsewhere` of the actions: a heading would not help there,
     the subgoal does. stage: "free" is the paper's loss; "held", codes serve a minimal time and
@@ -1310,7 +1311,8 @@ def discovery_loss(
         residual = lower_residual(run, base, run.tensor(episodes.asked))
     logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
     nll = action_nll(base, logits, episodes, run, c.soft_targets).sum(1).mean()
-    price = mask * gate if c.kl_at_switches else mask
+    # In proportion to the gate a half-open one would get its code at half the price, and gates would stay soft
+    price = mask * gate * (1 + 0.5 * (1 - gate)) if c.kl_at_switches else mask
     kl = (code_kl(mean, log_std) * price).sum(1).mean()
     stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
     return nll + kl_weight * kl, stats

@@ -698,6 +698,19 @@ def test_short_steps():
     assert pace[0] < 0.1 and 0.3 < pace[-5] < 0.7 and pace[len(pace) // 2] < 0.3
 
 
+def test_pauses():
+    """The asked share of decisions hardly moves the ant."""
+
+    def spliced(pause):
+        data = envs.ant_spliced_episodes(
+            ANT, ANT.pretrain, 200, 8, strides(), np.random.default_rng(2), elsewhere=0.5, pause=pause
+        )
+        step = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[:, : data.mask.shape[1]][data.mask]
+        return (step < 0.3 * envs.STRIDE_LENGTH).mean()
+
+    assert spliced(0.0) < 0.05 and 0.35 < spliced(0.4) < 0.45
+
+
 def test_asked_elsewhere(monkeypatch):
     """Elsewhere the expert goes for the same colour, in a cell that is no wall; the trajectory does not notice."""
 
@@ -1129,6 +1142,31 @@ def test_elsewhere_only_the_base_acts():
         for e in (episodes._replace(asked=episodes.obs[:, :-1]), episodes)
     )
     assert here["kl"] == there["kl"] and here["gates"] == there["gates"] and here["nll"] != there["nll"]
+
+
+@pytest.mark.parametrize("at_switches, price", [(False, 1.0), (True, 0.25 * 1.375)])
+def test_price_of_a_code(at_switches, price):
+    """The KL of a proposal is charged whole at every step, or where the gate opens, g < 1 costing more than a share
+    g of it; the first step, which always adopts, costs all of it."""
+    run, base, meta, episodes = ant_meta(kl_at_switches=at_switches)
+    with torch.no_grad():  # a gate that is always a quarter open
+        meta.switch[2].weight.zero_()
+        meta.switch[2].bias.fill_(math.log(1 / 3))
+    generator = generators()[1]
+    kl = ir.code_kl(*ir.posterior(run, base, meta, episodes, generator)) * torch.from_numpy(episodes.mask)
+    expected = (kl[:, 0] + price * kl[:, 1:].sum(1)).mean().item()
+    stats = ir.discovery_loss(run, base, meta, episodes, generators()[1], 0.1, "free")[1]
+    assert stats["kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_discovery_pauses():
+    """Phase 2 learns from ants that pause; phase 1 and the check with ground-truth controllers do not."""
+    run = make_run(world="ant", memory="none", ant_pause=1.0, elsewhere=0.5)
+    for phase, pauses in (("pretrain", False), ("steer", False), ("discover", True)):
+        rng, _ = run.start(phase)
+        data = ir.spliced_episodes(run, 50, rng)
+        step = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[:, : data.mask.shape[1]][data.mask]
+        assert (np.median(step) < 0.2 * envs.STRIDE_LENGTH) == pauses
 
 
 def test_brief_posterior_ignores_the_pace():
