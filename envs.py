@@ -896,16 +896,22 @@ LEFT_OF = [2, 3, 1, 0]  # the move a quarter turn to the left of each
 def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The next cell on a shortest path from every cell to every colour, (B, O, G*G); field (B, O, G*G).
 
-    Of several the one from which the others lie to the right, so that the goal decides the way, whichever way the
-    world is turned; opposite ones are left to chance, drawn once per episode. Where there is no way the next cell is
-    the cell itself.
+    Of several the one from which the others lie to the right, of opposite ones the one to the left of the goal: so
+    the goal decides the way, whichever way the world is turned. Only opposite ones in line with it are left to chance,
+    drawn once per episode. Where there is no way the next cell is the cell itself.
     """
     B, O, cells = field.shape
-    neighbour = neighbour_table(round(cells**0.5))
+    size = round(cells**0.5)
+    neighbour = neighbour_table(size)
     episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
     best = shortest_actions(field, episode, colour, cell, neighbour)
     leftmost = best & ~best[:, LEFT_OF]
     best = np.where(leftmost.any(axis=1, keepdims=True), leftmost, best)
+    goal = field.argmin(axis=-1).reshape(-1).repeat(cells)
+    ahead, step = (np.array(np.divmod(c, size)) for c in (goal, neighbour[cell].T))  # row and column
+    ahead, step = ahead - np.divmod(cell, size), step - np.array(np.divmod(cell, size))[:, None]
+    left = best & (ahead[0] * step[1] < ahead[1] * step[0]).T
+    best = np.where(left.any(axis=1, keepdims=True), left, best)
     target = np.where(best.any(axis=1), neighbour[cell, _choose(best, rng)], cell)
     return target.reshape(B, O, cells)
 

@@ -144,6 +144,7 @@ class Config:
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
+    rl_anneal: bool = False  # the rates of phase 3 fall linearly to 0 (ours, ant)
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
@@ -177,8 +178,8 @@ ANT = {
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
         ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=512, rl_episodes=51_200, eval_episodes=512,
-        random_episodes=4096, raw_failures=60,
+        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200, eval_episodes=512,
+        random_episodes=4096, raw_failures=30,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -1615,7 +1616,11 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
     c = run.config
     rng, generator = run.start(phase)
     curve, episodes = [], 0
+    rates = [group["lr"] for group in learner.optimiser.param_groups]
     while episodes < c.rl_episodes:
+        if c.rl_anneal:
+            for group, rate in zip(learner.optimiser.param_groups, rates):
+                group["lr"] = rate * (1 - episodes / c.rl_episodes)
         # collect
         batch = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch
