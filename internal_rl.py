@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import json
 import math
 import os
@@ -144,7 +145,7 @@ class Config:
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
-    rl_anneal: bool = False  # the rates of phase 3 fall linearly to 0 (ours, ant)
+    rl_anneal: bool = False  # the rate of phase 3 falls linearly to 0, not that of the standard deviation (ours, ant)
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
@@ -176,10 +177,10 @@ GRID = {
 ANT = {
     "classroom": replace(
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
-        ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=4000, pretrain_lr=5e-3,
+        ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=5000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200, eval_episodes=512,
-        random_episodes=4096, raw_failures=30,
+        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200, rl_anneal=True,
+        eval_episodes=512, random_episodes=4096, raw_failures=30,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -1616,11 +1617,11 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
     c = run.config
     rng, generator = run.start(phase)
     curve, episodes = [], 0
-    rates = [group["lr"] for group in learner.optimiser.param_groups]
+    weights = learner.optimiser.param_groups[0]  # all that is learned but the policy's standard deviation
+    rate = weights["lr"]
     while episodes < c.rl_episodes:
         if c.rl_anneal:
-            for group, rate in zip(learner.optimiser.param_groups, rates):
-                group["lr"] = rate * (1 - episodes / c.rl_episodes)
+            weights["lr"] = rate * (1 - episodes / c.rl_episodes)
         # collect
         batch = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch
@@ -2071,10 +2072,8 @@ def describe_machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    import gymnasium
-
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    return found | {"numpy": np.__version__, "gymnasium": gymnasium.__version__}
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "mujoco", "gymnasium")}
+    return {"python": platform.python_version(), **packages}
 
 
 def print_summary(metrics: dict) -> None:

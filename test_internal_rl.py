@@ -1371,6 +1371,20 @@ def test_rewarded_code_becomes_likelier():
     assert 0.08 < curve[0][1] < 0.25 and curve[-1][1] > 0.8
 
 
+@pytest.mark.parametrize("anneal, factors", [(False, [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25])])
+def test_rates_of_reinforcement(monkeypatch, anneal, factors):
+    """--rl_anneal lets the policy's rate fall linearly, but not that of its standard deviation; else both stay."""
+    run = make_run(rl_batch=256, rl_episodes=1024, rl_epochs=1, rl_minibatches=1, rl_anneal=anneal)
+    seen = []
+
+    def update(model, loss, optimisers, schedulers):
+        seen.append([group["lr"] for group in optimisers[0].param_groups])
+
+    monkeypatch.setattr(ir, "update", update)
+    ir.reinforce(run, "rl", bandit(run, ir.Policy(run.config)))
+    assert np.allclose(seen, [[factor * run.config.rl_lr, run.config.rl_std_lr] for factor in factors])
+
+
 # ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
 
 QUICK = ["--fast", "--no-figures", "--eval_episodes", "32", "--random_episodes", "64", "--pretrain_steps", "10"]
