@@ -1373,7 +1373,7 @@ def test_rewarded_code_becomes_likelier():
 
 @pytest.mark.parametrize("anneal, factors", [(False, [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25])])
 def test_rates_of_reinforcement(monkeypatch, anneal, factors):
-    """--rl_anneal lets the policy's rate fall linearly, but not that of its standard deviation; else both stay."""
+    """--rl_anneal lets both rates, of the policy and of its standard deviation, fall linearly; else they stay."""
     run = make_run(rl_batch=256, rl_episodes=1024, rl_epochs=1, rl_minibatches=1, rl_anneal=anneal)
     seen = []
 
@@ -1382,7 +1382,7 @@ def test_rates_of_reinforcement(monkeypatch, anneal, factors):
 
     monkeypatch.setattr(ir, "update", update)
     ir.reinforce(run, "rl", bandit(run, ir.Policy(run.config)))
-    assert np.allclose(seen, [[factor * run.config.rl_lr, run.config.rl_std_lr] for factor in factors])
+    assert np.allclose(seen, np.outer(factors, [run.config.rl_lr, run.config.rl_std_lr]))
 
 
 # ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
