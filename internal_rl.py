@@ -145,7 +145,7 @@ class Config:
     rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
     rl_lr: float = 1e-3  # Adam (paper: 3e-5)
     rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
-    rl_anneal: bool = False  # the rates of phase 3 fall linearly to 0 (ours, ant)
+    rl_anneal: bool = False  # the rate falls linearly to 0, that of the standard deviation rises from 0 (ours, ant)
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
@@ -1619,9 +1619,10 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
     curve, episodes = [], 0
     rates = [group["lr"] for group in learner.optimiser.param_groups]
     while episodes < c.rl_episodes:
-        if c.rl_anneal:
-            for group, rate in zip(learner.optimiser.param_groups, rates):
-                group["lr"] = rate * (1 - episodes / c.rl_episodes)
+        if c.rl_anneal:  # first where the codes should lie, then how precisely: a deviation of 0.1 learns no more
+            done = episodes / c.rl_episodes
+            for group, rate, factor in zip(learner.optimiser.param_groups, rates, (1 - done, done)):
+                group["lr"] = rate * factor
         # collect
         batch = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch

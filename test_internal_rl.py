@@ -1371,9 +1371,11 @@ def test_rewarded_code_becomes_likelier():
     assert 0.08 < curve[0][1] < 0.25 and curve[-1][1] > 0.8
 
 
-@pytest.mark.parametrize("anneal, factors", [(False, [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25])])
-def test_rates_of_reinforcement(monkeypatch, anneal, factors):
-    """--rl_anneal lets both rates, of the policy and of its standard deviation, fall linearly; else they stay."""
+@pytest.mark.parametrize("anneal, means, deviation", [
+    (False, [1, 1, 1, 1], [1, 1, 1, 1]), (True, [1, 0.75, 0.5, 0.25], [0, 0.25, 0.5, 0.75])
+])  # fmt: skip
+def test_rates_of_reinforcement(monkeypatch, anneal, means, deviation):
+    """--rl_anneal lets the policy's rate fall linearly, that of its standard deviation rise; else both stay."""
     run = make_run(rl_batch=256, rl_episodes=1024, rl_epochs=1, rl_minibatches=1, rl_anneal=anneal)
     seen = []
 
@@ -1382,7 +1384,7 @@ def test_rates_of_reinforcement(monkeypatch, anneal, factors):
 
     monkeypatch.setattr(ir, "update", update)
     ir.reinforce(run, "rl", bandit(run, ir.Policy(run.config)))
-    assert np.allclose(seen, np.outer(factors, [run.config.rl_lr, run.config.rl_std_lr]))
+    assert np.allclose(seen, np.transpose([means, deviation]) * [run.config.rl_lr, run.config.rl_std_lr])
 
 
 # ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
