@@ -1082,7 +1082,7 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 def ant_spliced_episodes(
     world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng,
-    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0, pause=0.0,
+    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0, pause=0.0, whole=False,
 ) -> AntEpisodes:  # fmt: skip
     """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
 
@@ -1095,6 +1095,7 @@ def ant_spliced_episodes(
     short: share of episodes whose steps are 1/20 to 1/2 of a stride, the same throughout an episode, with as many
     jumps to the metre: a model that never saw itself creep does not know that it has set out, and hesitates.
     pause: chance per decision to move a tenth of it only, so that the ant often still stands where it has visited.
+    whole: drop what comes after the last visit, if there is one: nobody can tell where an ant goes before it arrives.
     """
     layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
     padded, lengths = pad_tasks(tasks)
@@ -1105,6 +1106,7 @@ def ant_spliced_episodes(
     obs = np.zeros((count, steps + 1, ant_slices(world)["local"].stop), dtype=np.float32)
     actions = np.zeros((count, steps, 8), dtype=np.float32)
     goal = np.full((count, steps), -1, dtype=np.int64)
+    last = np.full(count, steps)  # steps up to the last visit
     asked = np.zeros_like(obs[:, 1:]) if elsewhere else obs[:, :-1]
     scale = np.ones(count)
     if short:
@@ -1137,6 +1139,7 @@ def ant_spliced_episodes(
         batch.state = rotate_ant(body, rng.uniform(-np.pi, np.pi, len(alive)))
         batch.state[:, XY], batch.cell = xy, cell
         batch.stage += visit
+        last[alive[visit]] = t + 1
         done = batch.stage == batch.lengths
         moved = np.flatnonzero(~visit & (rng.random(len(alive)) < displace * scale[alive]))
         _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
@@ -1145,6 +1148,9 @@ def ant_spliced_episodes(
         batch.select(~done)
         if not len(alive):
             break
+    if whole:
+        beyond = np.arange(steps) >= last[:, None]
+        goal[beyond], actions[beyond], asked[beyond], obs[:, 1:][beyond] = -1, 0, 0, 0
     return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls, asked)
 
 

@@ -130,6 +130,7 @@ class Config:
     kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
     kl_at_switches: bool = False  # the KL is charged where the gate opens, not at every step (ours, ant)
+    ant_whole: int = 0  # decisions of spliced episodes in phase 2, which end with a visit; 0: as in phase 1 (ours)
     ant_pause: float = 0.0  # chance per spliced decision of phase 2 to hardly move (ours)
     discover_blind: int = 1500  # first steps of phase 2, in which the base has no memory at all (ours)
     discover_held: int = 2000  # until here the gate does not learn from memory, and codes are held (ours)
@@ -179,8 +180,8 @@ ANT = {
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
         ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=5000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200, rl_anneal=True,
-        eval_episodes=512, random_episodes=4096, raw_failures=30,
+        ant_pause=0.4, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200,
+        rl_anneal=True, eval_episodes=512, random_episodes=4096, raw_failures=30,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -193,7 +194,7 @@ FAST = {
     "pretrain_steps": 30, "pretrain_batch": 32, "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
     "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 256, "rl_batch": 128,
     "eval_episodes": 32, "random_episodes": 128, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
-    "ant_steps": 8,
+    "ant_steps": 8, "ant_whole": 8,
 }  # fmt: skip
 
 
@@ -208,7 +209,7 @@ def check_config(c: Config) -> None:
             raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
     for f in fields(c):
         value = getattr(c, f.name)
-        may_be_zero = "control_block", "rl_episodes", "hold", "discover_blind", "discover_held"
+        may_be_zero = "control_block", "rl_episodes", "hold", "ant_whole", "discover_blind", "discover_held"
         least = 0 if f.name.endswith("_steps") or f.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise Failure(f"--{f.name}={value}: must be at least {least}")
@@ -776,10 +777,10 @@ def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
         fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
         run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
     elsewhere, short = (0.0, c.ant_short) if run.phase == "pretrain" else (c.elsewhere, 0.0)
-    jumps, pause = 0.0 if elsewhere else c.displace, c.ant_pause if run.phase == "discover" else 0.0
-    return envs.ant_spliced_episodes(
-        world, world.pretrain, count, c.ant_steps, run.strides, rng, jumps, c.on_colour, elsewhere, short, pause
-    )
+    jumps = 0.0 if elsewhere else c.displace
+    whole, pause = (c.ant_whole, c.ant_pause) if run.phase == "discover" else (0, 0.0)
+    options = jumps, c.on_colour, elsewhere, short, pause, whole > 0
+    return envs.ant_spliced_episodes(world, world.pretrain, count, whole or c.ant_steps, run.strides, rng, *options)
 
 
 def ant_episodes(run: Run, tasks, count: int, rng, *options):

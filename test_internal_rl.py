@@ -713,6 +713,26 @@ def test_pauses():
     assert spliced(0.0) < 0.05 and 0.35 < spliced(0.4) < 0.45
 
 
+def test_whole_episodes_end_with_a_visit():
+    """Cut episodes are the uncut ones up to their last visit; those without a visit are left as they are."""
+    cut, uncut = (
+        envs.ant_spliced_episodes(
+            ANT, ANT.pretrain, 200, 8, strides(), np.random.default_rng(3), elsewhere=0.5, whole=whole
+        ) for whole in (True, False)
+    )  # fmt: skip
+    column, row = np.clip((2.5 + uncut.xy(ANT) * [1, -1]) // 1.25, 0, 3).astype(int).transpose(2, 0, 1)
+    kinds = set()
+    for i, (steps, before) in enumerate(zip(cut.lengths(), uncut.lengths())):
+        goal = uncut.goal[i, :before]
+        at = [t + 1 for t in range(before) if 4 * row[i, t + 1] + column[i, t + 1] == uncut.colours[i, goal[t]]]
+        assert steps == (at[-1] if at else before)
+        kinds.add((bool(at), steps < before))
+        for part, kept in (("obs", steps + 1), ("actions", steps), ("goal", steps), ("asked", steps)):
+            one, other = getattr(cut, part)[i], getattr(uncut, part)[i]
+            assert np.array_equal(one[:kept], other[:kept]) and (one[kept:] == (-1 if part == "goal" else 0)).all()
+    assert kinds == {(True, True), (True, False), (False, False)}
+
+
 def test_asked_elsewhere(monkeypatch):
     """Elsewhere the expert goes for the same colour, in a cell that is no wall; the trajectory does not notice."""
 
@@ -1161,14 +1181,15 @@ def test_price_of_a_code(at_switches, price):
     assert stats["kl"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_only_discovery_pauses():
-    """Phase 2 learns from ants that pause; phase 1 and the check with ground-truth controllers do not."""
-    run = make_run(world="ant", memory="none", ant_pause=1.0, elsewhere=0.5)
+def test_only_discovery_pauses_and_cuts():
+    """Phase 2 learns from ants that pause and arrive; phase 1 and the check with ground-truth controllers do not."""
+    run = make_run(world="ant", memory="none", ant_pause=1.0, elsewhere=0.5, ant_steps=8, ant_whole=12)
     for phase, pauses in (("pretrain", False), ("steer", False), ("discover", True)):
         rng, _ = run.start(phase)
         data = ir.spliced_episodes(run, 50, rng)
         step = np.hypot(*np.diff(data.xy(ANT), axis=1).transpose(2, 0, 1))[:, : data.mask.shape[1]][data.mask]
         assert (np.median(step) < 0.2 * envs.STRIDE_LENGTH) == pauses
+        assert (data.mask.shape[1] == 12) == pauses
 
 
 def test_brief_posterior_ignores_the_pace():
