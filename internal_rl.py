@@ -181,7 +181,7 @@ ANT = {
         ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=5000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
         ant_pause=0.4, ant_whole=24, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200,
-        rl_anneal=True, rl_threshold=0.4, eval_episodes=512, random_episodes=4096, raw_failures=30,
+        rl_anneal=True, rl_threshold=0.4, eval_episodes=512, random_episodes=4096, raw_failures=16,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
@@ -1575,6 +1575,8 @@ class RawLearner:
 
     def log_prob(self, inputs, chosen):
         # Long sequences: recompute the activations in the backward pass, part by part, to save memory.
+        if len(inputs) <= 32:
+            return self._log_prob(inputs, chosen)
         parts = zip(inputs.split(32), chosen.split(32))
         return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
 
@@ -1787,8 +1789,11 @@ NEEDS = {
 def fields_of(stage: str) -> set[str]:
     """Config fields on which a stage or those before it depend: changing another leaves its checkpoint valid."""
     names = [f.name for f in fields(Config)]
-    later = {"pretrain": "rank", "steer": "history_dim", "discover": "rl_episodes"}  # first field of no concern
+    later = {"pretrain": "rank", "steer": "history_dim", "discover": "rl_episodes", "rl": "raw_lr"}  # not from here on
     used = set(names[: names.index(later[stage])] if stage in later else names)
+    if stage == "raw":  # it knows no metacontroller and no policy
+        used -= set(names[names.index("rank") : names.index("rl_episodes")])
+        used -= {"rl_decisions", "rl_lr", "rl_std_lr", "policy_dim", "policy_std"}
     return used if stage == "steer" else used - {"steer_steps", "steer_batch", "steer_lr"}
 
 

@@ -1508,15 +1508,16 @@ class Spied:
 
 
 @pytest.mark.parametrize("world", ["small", "ant"])
-@pytest.mark.parametrize("stage", ["pretrain", "steer", "discover"])
+@pytest.mark.parametrize("stage", ["pretrain", "steer", "discover", "raw"])
 def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, world):
     """Every config field that a stage reads is compared before its checkpoint is used again."""
     short = {f"{name}_{what}": n for name in ir.ORDER[:3] for what, n in (("steps", 1), ("batch", 8))}
-    run = make_run(**short, random_episodes=8, obs_loss=0.1, world=world, ant_steps=20)
+    run = make_run(**short, random_episodes=8, obs_loss=0.1, world=world, ant_steps=20, rl_episodes=16, rl_batch=8)
     run.world = replace(run.world, limit=200)
-    base = ir.BaseModel(run.config).requires_grad_(False)
+    base = ir.BaseModel(run.config).requires_grad_(stage == "raw")
     run.config = Spied(run.config)
-    ir.pretrain(run) if stage == "pretrain" else getattr(ir, stage)(run, base)
+    functions = {"pretrain": ir.pretrain, "steer": ir.steer, "discover": ir.discover, "raw": ir.raw_rl}
+    functions[stage](run, *[base] * (stage != "pretrain"))
     assert run.config.read - ir.fields_of(stage) == set()
 
 
