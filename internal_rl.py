@@ -1492,10 +1492,13 @@ class Batch(NamedTuple):
 
 
 class PolicyCodes:
-    """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more."""
+    """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more.
 
-    def __init__(self, policy: Policy, generator, most: int):
-        self.policy, self.generator, self.most, self.chunks = policy, generator, most, []
+    Without `sample` they are the means of the policy, only to evaluate it.
+    """
+
+    def __init__(self, policy: Policy, generator, most: int, sample: bool = True):
+        self.policy, self.generator, self.most, self.sample, self.chunks = policy, generator, most, sample, []
 
     def begin(self, B: int, run: Run) -> None:
         self.state = self.policy.block.mixer.initial(B)
@@ -1508,7 +1511,7 @@ class PolicyCodes:
             part[opened] = new
         mean = mean[:, 0]
         noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
-        code = mean + torch.exp(log_std) * noise  # Alg. 2: z ~ pi(z | e_t, own state)
+        code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
         rows = torch.from_numpy(alive).to(mean.device)[opened]
         self.entries.append((rows, residual, code, gaussian_log_prob(code, mean, log_std)))
         return code
@@ -1550,8 +1553,8 @@ class InternalLearner:
         std = {"params": [policy.log_std], "lr": run.config.rl_std_lr}
         self.optimiser = torch.optim.Adam([{"params": others}, std], lr=run.config.rl_lr)
 
-    def collect(self, count: int, rng, generator) -> Batch:
-        codes = PolicyCodes(self.model, generator, self.run.config.rl_decisions)
+    def collect(self, count: int, rng, generator, sample: bool = True) -> Batch:
+        codes = PolicyCodes(self.model, generator, self.run.config.rl_decisions, sample)
         pilot = CodePilot(self.meta, codes)
         result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.rl_temperature)
         return codes.batch(result.reward)
@@ -1651,17 +1654,21 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
 
 
 def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> tuple[Policy, dict]:
-    """Phase 3 -> (policy, metrics with the learning curve and the final success, policy sampled)."""
+    """Phase 3 -> (policy, metrics: the learning curve, final success of the policy's samples and of its means)."""
     started = time.time()
     run.start("rl")
     policy = Policy(run.config).to(run.device)
     learner = InternalLearner(run, base, meta, policy)
     curve = reinforce(run, "rl", learner)
     minutes = (time.time() - started) / 60
-    success = learner.collect(4 * run.config.eval_episodes, *run.start("evaluate")).reward.mean().item()
-    run.say(f"internal RL: post-training success {success:.3f}")
+    success, mean_success = (
+        learner.collect(4 * run.config.eval_episodes, *run.start("evaluate"), sample).reward.mean().item()
+        for sample in (True, False)
+    )
+    run.say(f"internal RL: post-training success {success:.3f}, with mean codes {mean_success:.3f}")
     return policy, {
         "internal_rl_success": success,
+        "internal_rl_mean_success": mean_success,
         "curve": curve,
         "episodes": curve[-1][0] if curve else 0,
         "minutes_rl": minutes,
@@ -1856,9 +1863,10 @@ def run_stage(run: Run, stage: str, models: dict) -> dict:
 SEED_KEYS = (
     "seed", "base_excess_nats", "steer_success", "switch_precision", "switch_recall", "random_switch_precision",
     "random_switch_recall", "unseen_transition_probability", "random_code_success", "counting_success",
-    "code_accuracy", "internal_rl_success", "raw_rl_success", "episodes", "minutes",
+    "code_accuracy", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success", "episodes", "minutes",
 )  # fmt: skip
-NORMALISED = "steer_success", "internal_rl_success", "raw_rl_success"  # the ant's also by its expert's success
+# the ant's also by its expert's success
+NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
 ANT_KEYS = "base_reach", "expert_success", "expert_post_success", *(f"{key}_normalised" for key in NORMALISED)
 
 

@@ -1317,6 +1317,15 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(players, most):
     assert loss.item() == pytest.approx(-1, abs=1e-3)
 
 
+def test_a_policy_that_is_not_sampled_chooses_its_means(players):
+    """Evaluated by its means, the policy's codes are exactly its means; sampled, they are not."""
+    run, base, meta, policy = players
+    for sample in (True, False):
+        batch = ir.InternalLearner(run, base, meta, policy).collect(20, *generators(), sample)
+        gap = (batch.chosen - policy(batch.inputs)[0]).abs().amax(-1)[batch.mask > 0]
+        assert (gap < 1e-4).all() != sample and (gap > 0.1).any() == sample
+
+
 def test_raw_log_probability_is_that_of_the_rollout(players):
     """Raw RL's log-probabilities of its own fresh rollouts, computed again on whole sequences, are those stored."""
     learner = ir.RawLearner(players[0], players[1].requires_grad_(True))
