@@ -1885,11 +1885,45 @@ def check_checkpoints(run: Run, phase: str) -> None:
             raise Failure(f"--phase {phase}: {path} is missing; run --phase {stage} with the same --out first")
 
 
+def run_alone(stage: str, threads: int, *arguments) -> None:
+    """What a process of its own does: `stage`, whose needs are finished, of the Run with these arguments."""
+    torch.set_num_threads(threads)
+    run, models = Run(*arguments), {}
+    try:
+        for name in (*NEEDS[stage], stage):
+            run_stage(run, name, models)
+    except Failure as failure:
+        sys.exit(f"internal_rl: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def start_beside(run: Run, stage: str, threads: int):
+    """Start `stage` in a process of its own, which ends with ours, and leaves its checkpoint if all goes well."""
+    arguments = stage, threads, run.config, run.seed, run.device, run.out, run.quiet
+    process = torch.multiprocessing.get_context("spawn").Process(target=run_alone, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
 def run_seed(run: Run, phase: str, figures: bool) -> dict:
-    """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
-    models, metrics = {}, {"seed": run.seed}
+    """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far.
+
+    The ant's internal RL and raw-action RL run side by side, as its rollouts gain nothing from a second thread.
+    """
+    models, metrics, threads, beside = {}, {"seed": run.seed}, torch.get_num_threads(), None
     for stage in ORDER:
-        if stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists():
+        wanted = stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists()
+        if wanted and stage == "rl" and run.world.ant and threads > 1:
+            if not any((run.out / f"{name}.pt").exists() for name in ("rl", "raw")):
+                beside = start_beside(run, "raw", threads // 2)
+                torch.set_num_threads(threads - threads // 2)
+        if stage == "raw" and beside:
+            beside.join()
+            torch.set_num_threads(threads)
+            if beside.exitcode:
+                raise Failure("raw-action RL failed in its process, see above; the same command tries it again", 1)
+        if wanted:
             metrics |= run_stage(run, stage, models)
     if run.world.ant:
         expert = max(metrics["expert_post_success"], 1e-9)

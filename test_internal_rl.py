@@ -1497,6 +1497,22 @@ def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
     assert run_main(tmp_path) == 0 and results(tmp_path) == results(finished)
 
 
+def test_a_stage_in_its_own_process_leaves_the_same_checkpoint(finished, copied, capfd):
+    """Raw-action RL in a process of its own has the metrics that it has in ours; one that fails says why in a line and
+    has status 1."""
+    config = ir.Config(**torch.load(copied / "raw.pt")["config"])
+    run = ir.Run(config, 0, torch.device("cpu"), copied, quiet=True)
+    (copied / "raw.pt").unlink()
+    process = ir.start_beside(run, "raw", torch.get_num_threads())
+    process.join()
+    metrics = [torch.load(folder / "raw.pt")["metrics"] for folder in (finished, copied)]
+    assert process.exitcode == 0 and all(metrics[0][key] == metrics[1][key] for key in ("raw_curve", "raw_rl_success"))
+    run.seed = 1
+    process = ir.start_beside(run, "raw", 1)
+    process.join()
+    assert process.exitcode == 1 and "made with --seed 0" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--memory full", "--rl_temperature 0.9", "--seed 1"])
 def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
     """A folder made with another value that its checkpoints depend on: status 2, one line, nothing overwritten."""
