@@ -1577,9 +1577,9 @@ class RawLearner:
         return Batch(cells, result.actions, result.log_prob, mask, result.reward)
 
     def log_prob(self, inputs, chosen):
-        # Long sequences: recompute the activations in the backward pass, part by part, to save memory.
         if len(inputs) <= 32:
             return self._log_prob(inputs, chosen)
+        # Many long sequences: recompute the activations in the backward pass, part by part, to save memory.
         parts = zip(inputs.split(32), chosen.split(32))
         return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
 
@@ -1914,10 +1914,10 @@ def run_seed(run: Run, phase: str, figures: bool) -> dict:
     models, metrics, threads, beside = {}, {"seed": run.seed}, torch.get_num_threads(), None
     for stage in ORDER:
         wanted = stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists()
-        if wanted and stage == "rl" and run.world.ant and threads > 1:
-            if not any((run.out / f"{name}.pt").exists() for name in ("rl", "raw")):
-                beside = start_beside(run, "raw", threads // 2)
-                torch.set_num_threads(threads - threads // 2)
+        both_left = not any((run.out / f"{name}.pt").exists() for name in ("rl", "raw"))
+        if wanted and stage == "rl" and both_left and run.world.ant and threads > 1:
+            beside = start_beside(run, "raw", threads // 2)
+            torch.set_num_threads(threads - threads // 2)
         if stage == "raw" and beside:
             beside.join()
             torch.set_num_threads(threads)
