@@ -150,6 +150,7 @@ class Config:
     rl_epochs: int = 4  # passes over a batch
     rl_minibatches: int = 4  # updates per pass
     rl_clip: float = 0.2  # PPO clip of the ratio (paper)
+    rl_lambda: float = 1.0  # of the advantage; below 1 with a critic (paper: no critic; below 1: ours, ant)
     policy_dim: int = 64  # width of the one-block recurrent policy (paper: 256)
     policy_std: float = 1.0  # initial standard deviation, that of the codes' prior
     raw_lr: float = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
@@ -226,7 +227,7 @@ def check_config(c: Config) -> None:
         raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
     if c.dim % c.heads:
         raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    for name in ("ant_spliced", "ant_short", "elsewhere", "ant_pause"):
+    for name in ("ant_spliced", "ant_short", "elsewhere", "ant_pause", "rl_lambda"):
         if not 0 <= getattr(c, name) <= 1:
             raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1]")
     if c.elsewhere and not (envs.TASK_SETS[c.world].ant and c.ant_spliced == 1 and c.memory == "none"):
@@ -1458,16 +1459,32 @@ def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> l
 # ----------------------------------------------------------------------------------------------------
 
 
-class Policy(nn.Module):
-    """Causal policy over codes: one recurrent block on contracted time, then a Gaussian. Its state advances only
-    at switches. It starts as the codes' prior: mean 0, standard deviation `policy_std`.
-    """
+class Contracted(nn.Module):
+    """One recurrent block on contracted time: a step is a switch."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.inp = nn.Linear(c.dim, c.policy_dim)
         self.block = Block(replace(c, block="hawk", dim=c.policy_dim, mlp=2 * c.policy_dim, gated_mlp=True))
         self.norm = nn.RMSNorm(c.policy_dim)
+
+    def initial(self, B: int):
+        return self.block.mixer.initial(B)
+
+    def forward(self, residual, state=None):
+        """residual (B, K, D) at K successive switches -> features (B, K, policy_dim), state."""
+        state = self.initial(len(residual)) if state is None else state
+        keep = torch.ones(residual.shape[:2], device=residual.device)
+        x, state = self.block(self.inp(residual), keep, state)
+        return self.norm(x), state
+
+
+class Policy(nn.Module):
+    """Causal policy over codes: a Gaussian, at first the codes' prior: mean 0, standard deviation `policy_std`."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.body = Contracted(c)
         self.mean = nn.Linear(c.policy_dim, c.code_dim)
         nn.init.zeros_(self.mean.weight)
         nn.init.zeros_(self.mean.bias)
@@ -1475,10 +1492,22 @@ class Policy(nn.Module):
 
     def forward(self, residual, state=None):
         """residual (B, K, D) at K successive switches -> mean (B, K, Z), log_std (Z,), state."""
-        state = self.block.mixer.initial(len(residual)) if state is None else state
-        keep = torch.ones(residual.shape[:2], device=residual.device)
-        x, state = self.block(self.inp(residual), keep, state)
-        return self.mean(self.norm(x)), self.log_std, state
+        features, state = self.body(residual, state)
+        return self.mean(features), self.log_std, state
+
+
+class Critic(nn.Module):
+    """Chance of success, as a logit, at a switch, before its code is chosen. It starts where RL does: near 0."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.body = Contracted(c)
+        self.value = nn.Linear(c.policy_dim, 1)
+        nn.init.constant_(self.value.bias, -5.0)
+
+    def forward(self, residual):
+        """residual (B, K, D) at all switches of B episodes -> logits (B, K)."""
+        return self.value(self.body(residual)[0])[..., 0]
 
 
 class Batch(NamedTuple):
@@ -1501,7 +1530,7 @@ class PolicyCodes:
         self.policy, self.generator, self.most, self.sample, self.chunks = policy, generator, most, sample, []
 
     def begin(self, B: int, run: Run) -> None:
-        self.state = self.policy.block.mixer.initial(B)
+        self.state = self.policy.body.initial(B)
         self.entries = []
         self.chunks.append((B, self.entries))
 
@@ -1552,6 +1581,7 @@ class InternalLearner:
         others = [parameter for name, parameter in policy.named_parameters() if name != "log_std"]
         std = {"params": [policy.log_std], "lr": run.config.rl_std_lr}
         self.optimiser = torch.optim.Adam([{"params": others}, std], lr=run.config.rl_lr)
+        self.critic = Critic(run.config).to(run.device) if run.config.rl_lambda < 1 else None
 
     def collect(self, count: int, rng, generator, sample: bool = True) -> Batch:
         codes = PolicyCodes(self.model, generator, self.run.config.rl_decisions, sample)
@@ -1565,10 +1595,10 @@ class InternalLearner:
 
 
 class RawLearner:
-    """The baseline: the same objective fine-tunes the base itself, and a decision is a raw action."""
+    """The baseline: the same objective, without a critic, fine-tunes the base itself; a decision is a raw action."""
 
     def __init__(self, run: Run, base: BaseModel):
-        self.run, self.model = run, base
+        self.run, self.model, self.critic = run, base, None
         self.optimiser = torch.optim.Adam([p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr)
 
     def collect(self, count: int, rng, generator) -> Batch:
@@ -1583,21 +1613,40 @@ class RawLearner:
         parts = zip(inputs.split(32), chosen.split(32))
         return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
 
-    def _log_prob(self, inputs, chosen):
-        keep = torch.ones(inputs.shape[:2], device=inputs.device)
-        return self.model.action_head.log_prob(self.model(inputs, keep), chosen)
-
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """PPO's clipped ratio, mean over decisions. log_prob (N, K), advantage (N,), mask (N, K) -> scalar."""
+    """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N, K or 1) -> scalar."""
     ratio = torch.exp((log_prob - old_log_prob) * mask)
-    gain = torch.minimum(ratio * advantage[:, None], ratio.clamp(1 - clip, 1 + clip) * advantage[:, None])
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum() / mask.sum()
 
 
 def terminal_advantage(reward):
     """A = (R - mean R) / (std R + 1e-3) over the batch, the same for all decisions of an episode: (N,) -> (N,)."""
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
+
+
+def value_loss(logits, reward, mask):
+    """Cross-entropy of the critic's chances, mean over decisions: logits, mask (N, K), reward (N,) -> scalar."""
+    loss = F.binary_cross_entropy_with_logits(logits, reward[:, None].expand_as(logits), mask, reduction="sum")
+    return loss / mask.sum()
+
+
+def lambda_advantage(value, reward, mask, decay: float):
+    """GAE over decisions, normalised: value, mask (N, K), reward (N,) -> (N, K).
+
+    A_k = delta_k + lambda A_{k+1}, delta_k = V_{k+1} - V_k; R takes the place of V after the last decision. A decision
+    is judged by where it led rather than by all that its episode did later.
+    """
+    rows, last = torch.arange(len(value), device=value.device), mask.sum(1).long() - 1
+    after = F.pad(value[:, 1:], (0, 1))
+    after[rows, last] = reward
+    advantage = (after - value) * mask
+    for k in reversed(range(mask.shape[1] - 1)):
+        advantage[:, k] += decay * advantage[:, k + 1]
+    mean = advantage.sum() / mask.sum()
+    std = ((advantage - mean).square() * mask).sum().div(mask.sum()).sqrt()
+    return (advantage - mean) / (std + 1e-3) * mask
 
 
 def thin(batch: Batch, failures: int, generator) -> Batch:
@@ -1615,14 +1664,16 @@ def thin(batch: Batch, failures: int, generator) -> Batch:
 
 
 def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
-    """Critic-free clipped REINFORCE on one terminal reward -> [(episodes, success of that batch)].
+    """Clipped REINFORCE on one terminal reward -> [(episodes, success of that batch)].
 
-    What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline; 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch.
+    What is left of PPO, and why: 1. no critic and no GAE, unless --rl_lambda asks for them: there is one reward, at
+    the end, and its batch mean is the baseline; 2. no entropy bonus; 3. the clipped ratio stays, as it allows
+    several passes over a batch.
     """
     c = run.config
     rng, generator = run.start(phase)
-    curve, episodes = [], 0
+    curve, episodes, critic = [], 0, learner.critic
+    critic_optimiser = torch.optim.Adam(critic.parameters(), lr=c.rl_lr) if critic else None
     rates = [group["lr"] for group in learner.optimiser.param_groups]
     while episodes < c.rl_episodes:
         if c.rl_anneal:  # first where the codes should lie, then how precisely: a deviation of 0.1 learns no more
@@ -1637,17 +1688,25 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
         if phase == "raw":
             batch = thin(batch, c.raw_failures, generator)
         # advantage
-        advantage = terminal_advantage(batch.reward)
-        # update: without a single success every advantage, hence the gradient, is exactly zero
-        if batch.reward.any():
+        if critic:
+            with torch.no_grad():
+                value = torch.sigmoid(critic(batch.inputs))
+            advantage = lambda_advantage(value, batch.reward, batch.mask, c.rl_lambda)
+        else:
+            advantage = terminal_advantage(batch.reward)[:, None]
+        # update: without a critic and without a single success every advantage, hence the gradient, is exactly zero
+        if advantage.any():
             for _ in range(c.rl_epochs):
-                for index in torch.randperm(len(advantage), generator=generator, device=run.device).chunk(
+                for index in torch.randperm(len(batch.reward), generator=generator, device=run.device).chunk(
                     c.rl_minibatches
                 ):
                     longest = int(batch.mask[index].sum(1).max())
                     inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                    loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
+                    gain = advantage[index, :longest]
+                    loss = policy_loss(learner.log_prob(inputs, chosen), old, gain, mask, c.rl_clip)
                     update(learner.model, loss, [learner.optimiser], [])
+                    if critic:
+                        update(critic, value_loss(critic(inputs), batch.reward[index], mask), [critic_optimiser], [])
         # log
         run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=decisions)
     return curve
@@ -1800,7 +1859,7 @@ def fields_of(stage: str) -> set[str]:
     used = set(names[: names.index(later[stage])] if stage in later else names)
     if stage == "raw":  # it knows no metacontroller and no policy
         used -= set(names[names.index("rank") : names.index("rl_episodes")])
-        used -= {"rl_decisions", "rl_lr", "rl_std_lr", "policy_dim", "policy_std"}
+        used -= {"rl_decisions", "rl_lr", "rl_std_lr", "rl_lambda", "policy_dim", "policy_std"}
     return used if stage == "steer" else used - {"steer_steps", "steer_batch", "steer_lr"}
 
 
