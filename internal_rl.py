@@ -181,8 +181,8 @@ ANT = {
         CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
         ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=5000, pretrain_lr=5e-3,
         steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        ant_pause=0.4, ant_whole=24, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=51_200,
-        rl_anneal=True, rl_threshold=0.4, eval_episodes=512, random_episodes=4096, raw_failures=16,
+        ant_pause=0.4, ant_whole=24, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=30_720,
+        rl_anneal=True, rl_lambda=0.2, rl_threshold=0.4, eval_episodes=512, random_episodes=4096, raw_failures=16,
     ),
     "paper": replace(
         PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
