@@ -1613,6 +1613,10 @@ class RawLearner:
         parts = zip(inputs.split(32), chosen.split(32))
         return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
 
+    def _log_prob(self, inputs, chosen):
+        keep = torch.ones(inputs.shape[:2], device=inputs.device)
+        return self.model.action_head.log_prob(self.model(inputs, keep), chosen)
+
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N, K or 1) -> scalar."""
@@ -1702,8 +1706,8 @@ def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
                 ):
                     longest = int(batch.mask[index].sum(1).max())
                     inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                    gain = advantage[index, :longest]
-                    loss = policy_loss(learner.log_prob(inputs, chosen), old, gain, mask, c.rl_clip)
+                    credit = advantage[index, :longest]
+                    loss = policy_loss(learner.log_prob(inputs, chosen), old, credit, mask, c.rl_clip)
                     update(learner.model, loss, [learner.optimiser], [])
                     if critic:
                         update(critic, value_loss(critic(inputs), batch.reward[index], mask), [critic_optimiser], [])
