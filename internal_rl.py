@@ -1460,7 +1460,7 @@ def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> l
 
 
 class Contracted(nn.Module):
-    """One recurrent block on contracted time: a step is a switch."""
+    """One recurrent block on contracted time: its state advances only at switches. (App. C.5)"""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -1670,9 +1670,9 @@ def thin(batch: Batch, failures: int, generator) -> Batch:
 def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
     """Clipped REINFORCE on one terminal reward -> [(episodes, success of that batch)].
 
-    What is left of PPO, and why: 1. no critic and no GAE, unless --rl_lambda asks for them: there is one reward, at
-    the end, and its batch mean is the baseline; 2. no entropy bonus; 3. the clipped ratio stays, as it allows
-    several passes over a batch.
+    What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
+    the baseline. Only internal RL with --rl_lambda below 1 has them: its decisions are few, so a critic soon tells
+    which of them led on. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch.
     """
     c = run.config
     rng, generator = run.start(phase)

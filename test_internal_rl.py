@@ -1583,7 +1583,7 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, world):
     "--preset huge", "--world large", "--block lstm", "--memory some", "--summary half", "--dim 0", "--dim abc",
     "--dim 1.5", "--layers -1", "--control_block 9", "--noise 1.5", "--displace -0.1", "--elsewhere 0.5",
     "--forget 2", "--forget x",
-    "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0", "--centred maybe", "--heads 5 --block transformer",
+    "--kl_ramp 5,5", "--kl_ramp 5", "--rl_temperature 0", "--rl_lambda 1.5", "--centred maybe", "--heads 5 --block transformer",
     "--seed -1", "--seed x", "--seed 99999999999999999999", "--threads -1", "--threads x", "--device tpu",
     "--device cuda", "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--weight_decay -1",
     "--policy_std 0", "--init_scale -1", "--eval_episodes 2",
