@@ -1,23 +1,33 @@
-"""Pinpad tasks: visit coloured cells in a hidden order, one reward at the very end.
+"""Pinpad worlds: visit coloured cells in a hidden order, one reward at the very end.
 
 This file holds the tasks of the paper (arXiv 2512.20605, App. A): rules, task tables and experts of the grid, then of
-the ant. Everything is written once, for a batch of episodes, in numpy (`GridBatch`, `AntBatch`); the Gymnasium
-environments `InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are their B=1 views. The grid also has the
-Bayes-optimal predictor of its expert.
+the ant. `internal_rl.py` sees them through one door, the members of `World` and `Batch`, and knows nothing else:
+
+    world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
+    world.held_out(count)           clean ones that are never learned from
+    world.mirrored(obs, rng)        what the encoder reads instead of the trajectory itself
+    world.entries(obs)              at which steps it reads
+    world.expert_success(count)     of the post-training task
+    world.batch(count, rng)         episodes of the post-training task to act in: observe, step, subgoal, select
+    world.floor(episodes)           loss of the best possible predictor of the expert
+    world.places(obs)               where everything is, to draw it
+
+Everything is written once, for a batch of episodes, in numpy. The Gymnasium environments
+`InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are views of a batch of one:
 
     import gymnasium, envs
     env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 post-training task
     env = gymnasium.make("InternalRL/GridPinpad-v0", size=5, colours=4, walls=2, task=(0, 2, 1))
     env = gymnasium.make("InternalRL/AntPinpad-v0")            # the paper's ant, post-training task
 
-Conventions: a cell is one number, row * size + column, row 0 on top. Actions: 0 up, 1 down, 2 left, 3 right.
-B episodes, T steps, G the grid's size, O colours, W walls, L visits in the longest task.
+Conventions: a cell is one number, row * size + column, row 0 on top. Grid actions: 0 up, 1 down, 2 left, 3 right.
+N or B episodes, T steps, F numbers in an observation, G the grid's size, O colours, W walls, L visits in a task.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,17 +39,31 @@ FAR = 127  # "no path" in the int8 distance fields
 
 
 # ----------------------------------------------------------------------------------------------------
-# Task sets (paper: App. A, Tables A1 and A2)
+# What both worlds share: tasks, layouts, rules, the Gymnasium view (paper: App. A)
 # ----------------------------------------------------------------------------------------------------
 
 
-def parse_tasks(text: str) -> tuple[tuple[int, ...], ...]:
-    """'0-1-4-5 2-3-0-1' -> ((0, 1, 4, 5), (2, 3, 0, 1))."""
-    return tuple(tuple(int(colour) for colour in task.split("-")) for task in text.split())
+class Episodes(NamedTuple):
+    """N expert trajectories, padded to T steps."""
+
+    obs: np.ndarray  # (N, T + 1, F), the last one included; `GridWorld` and `AntWorld` say what it is
+    target: np.ndarray  # (N, T, A) grid: probabilities of the four moves; ant: torques; 0 in the padding
+    goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
+    mask: np.ndarray  # (N, T) True on real steps
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Steps of each episode, (N,): also the place of its last observation in `obs`."""
+        return self.mask.sum(axis=1)
+
+    def take(self, index) -> Episodes:
+        """The episodes of `index`, with the padding cut to the longest of them."""
+        T = int(self.mask[index].sum(axis=1).max())
+        return Episodes(*(part[index, : T + (name == "obs")] for name, part in self._asdict().items()))
 
 
 @dataclass(frozen=True)
-class TaskSet:
+class World:
     """The sizes and tasks of one pinpad world. A task is the sequence of colours to visit, in order."""
 
     size: int  # G: the grid has G x G cells
@@ -49,12 +73,27 @@ class TaskSet:
     subgoals: tuple[tuple[int, ...], ...]  # the colours of each subgoal ("abstract action")
     pretrain: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
     post: tuple[int, ...]  # the task of reinforcement learning
-    ant: bool = False  # an ant on a plane of cells instead of an agent on a grid
+    jumps: float = 0.0  # chance per step that a training episode goes on from another cell (departure)
+    soft_targets: bool = False  # the expert's probabilities as targets, not the action it took (departure)
+    threads: int = 1  # of the simulation; no result depends on it
+
+    kind = ""  # which embedding and action head the model takes
+    tolerance = 1  # a switch this many steps from a true change of subgoal is a hit
 
     def __post_init__(self):
-        check_sizes(self.size, self.colours, self.walls, self.limit)
+        for name, least in (("size", 2), ("colours", 1), ("walls", 0), ("limit", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} is too small: it must be at least {least}")
+        if self.objects > self.size**2:
+            raise ValueError(
+                f"colours={self.colours} and walls={self.walls} and the agent do not fit in size={self.size} "
+                f"({self.size**2} cells)"
+            )
         for task in (*self.pretrain, self.post):
-            check_task(task, self.colours)
+            if not task or any(not 0 <= colour < self.colours for colour in task):
+                raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{self.colours - 1}")
+            if any(a == b for a, b in zip(task[:-1], task[1:])):
+                raise ValueError(f"task={tuple(task)} repeats a colour at once: a visit needs a move from elsewhere")
 
     @property
     def objects(self) -> int:
@@ -62,77 +101,395 @@ class TaskSet:
         return self.colours + self.walls + 1
 
     @property
-    def post_subgoals(self) -> int:
-        """Subgoals in the post-training task."""
-        return len(self.post) // len(self.subgoals[0])
-
-    @property
     def counting_success(self) -> float:
         """Success of choosing among the subgoals at random: (1 / subgoals) ** (subgoals in the task)."""
-        return len(self.subgoals) ** -float(self.post_subgoals)
+        return len(self.subgoals) ** -(len(self.post) / len(self.subgoals[0]))
 
-    def subgoal_of_colour(self) -> np.ndarray:
-        """Index of the subgoal each colour belongs to, (O,)."""
-        index = np.full(self.colours, -1)
+    def subgoal_of(self, goal: np.ndarray) -> np.ndarray:
+        """Index of the subgoal that each colour belongs to, -1 for -1."""
+        index = np.full(self.colours + 1, -1)
         for i, subgoal in enumerate(self.subgoals):
             index[list(subgoal)] = i
-        return index
+        return index[goal]
 
     def transitions(self, task) -> set[tuple[int, int]]:
         """The pairs (subgoal a, next subgoal b) of a task."""
-        names = self.subgoal_of_colour()[list(task)][:: len(self.subgoals[0])]
+        names = self.subgoal_of(np.array(task))[:: len(self.subgoals[0])]
         return {(int(a), int(b)) for a, b in zip(names[:-1], names[1:])}
 
+    def batch(self, count: int, rng, roam=False) -> Batch:
+        """`count` episodes of the post-training task on random solvable layouts, to act in."""
+        layout, tasks, _, _ = solvable_layouts(self, [self.post], count, rng)
+        return self.start(layout, tasks, rng, roam)
 
-def check_sizes(size: int, colours: int, walls: int, limit: int) -> None:
-    """Raise ValueError, naming the argument, unless these sizes make a grid."""
-    for name, value, least in (("size", size, 2), ("colours", colours, 1), ("walls", walls, 0), ("limit", limit, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value} is too small: it must be at least {least}")
-    if colours + walls + 1 > size * size:
-        raise ValueError(
-            f"colours={colours} and walls={walls} and the agent do not fit in size={size} ({size * size} cells)"
-        )
+    def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
+        """`count` trajectories of the expert to learn from.
+
+        Jumps: with chance `jumps` a step is followed by a jump to a random cell, and half of the episodes start on a
+        random colour, where there is a way from it. The targets are the expert's actions wherever it is.
+        """
+        return self.simulate(self.pretrain, count, rng, self.jumps)[0]
+
+    def held_out(self, count: int) -> Episodes:
+        """Trajectories without jumps for evaluation: the same for every seed, never trained on."""
+        return replace(self, soft_targets=True).simulate(self.pretrain, count, np.random.default_rng(10**9))[0]
+
+    def expert_success(self, count: int) -> float:
+        """The expert's success on solvable post-training layouts."""
+        return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
+
+    def simulate(self, tasks, count: int, rng, jumps: float = 0.0) -> tuple[Episodes, float]:
+        """`count` successful trajectories on random solvable layouts, failures dropped -> episodes, success rate."""
+        parts, made, tried = [], 0, 0
+        while made < count:
+            if tried > 1000 and not made:
+                raise ValueError(f"the expert failed in all of {tried} episodes: a longer limit might help")
+            trials = min(512, count - made)  # fits the processor's cache
+            episodes, success = self._simulate_chunk(tasks, trials, rng, jumps)
+            parts.append([part[success] for part in episodes])
+            made, tried = made + int(success.sum()), tried + trials
+        return Episodes(*(np.concatenate(column) for column in zip(*parts))).take(slice(None)), made / tried
+
+    def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, np.ndarray]:
+        layout, tasks, field, _ = solvable_layouts(self, tasks, count, rng)
+        batch, plan, alive = self.start(layout, tasks, rng), self.plan(field, rng), np.arange(count)
+        batch.jump(0.5 * (jumps > 0), field, alive, rng, layout.colours)
+        seen = batch.observe()
+        obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
+        obs[:, 0], target = seen, None
+        goal, success = np.full((count, self.limit), -1), np.zeros(count, dtype=bool)
+        for t in range(self.limit):
+            wanted, action = self.expert(batch, plan, alive, rng)
+            if target is None:
+                target = np.zeros((count, self.limit, wanted.shape[1]), dtype=np.float32)
+            target[alive, t], goal[alive, t] = wanted, batch.goal()
+            visited, reward, done = batch.step(action)
+            batch.jump(jumps * ~(done | (visited >= 0)), field, alive, rng)
+            obs[alive, t + 1] = batch.observe()
+            success[alive[reward > 0]] = True
+            alive = alive[~done]
+            batch.select(~done)
+            if not len(alive):
+                break
+        return Episodes(obs, target, goal, goal >= 0), success
+
+    def plan(self, field: np.ndarray, rng) -> np.ndarray:
+        """What the expert looks up when it acts: the distance fields, (B, O, G*G)."""
+        return field
 
 
-def check_task(task, colours: int) -> None:
-    """Raise ValueError unless `task` is a sequence of colours 0..colours-1 without immediate repetition."""
-    if not task or any(not 0 <= colour < colours for colour in task):
-        raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{colours - 1}")
-    if any(a == b for a, b in zip(task[:-1], task[1:])):
-        raise ValueError(f"task={tuple(task)} repeats a colour at once: a visit needs a move from another cell")
+class Layout(NamedTuple):
+    """Where everything lies at the start of B episodes (cells)."""
+
+    colours: np.ndarray  # (B, O)
+    walls: np.ndarray  # (B, W)
+    agent: np.ndarray  # (B,)
 
 
-PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
-TABLE_A1 = parse_tasks(
-    "0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7 "
-    "4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3"
-)
-TABLE_A2 = parse_tasks(
-    "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
-)
-TASK_SETS = {
-    # The paper's grid (App. A, Table A1). No subgoal transition of the post-training task is in Table A1.
-    "paper": TaskSet(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
-    # A small grid of the same kind: the paper's ant tasks (Table A2), single colours as subgoals.
-    "small": TaskSet(5, 4, 1, 100, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3, 0, 1)),
-    # The paper's ant (App. A, Table A2). No subgoal transition of the post-training task is in Table A2.
-    "ant": TaskSet(4, 4, 1, 500, ((0,), (1,), (2,), (3,)), TABLE_A2, (0, 1, 2, 3), ant=True),
-}
-ANT = TASK_SETS["ant"]
+def sample_layouts(world: World, count: int, rng: np.random.Generator) -> Layout:
+    """`count` layouts: colours, walls and agent on distinct cells, uniformly."""
+    keys = rng.random((count, world.size**2), dtype=np.float32)
+    cells = np.argpartition(keys, world.objects - 1, axis=1)[:, : world.objects]
+    cells = rng.permuted(cells, axis=1)  # argpartition's own order is not uniform
+    return Layout(cells[:, : world.colours], cells[:, world.colours : -1], cells[:, -1])
+
+
+def pad_tasks(tasks) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks of unequal length -> colours (B, L + 1) padded with -1, lengths (B,)."""
+    lengths = np.array([len(task) for task in tasks])
+    padded = np.full((len(tasks), lengths.max() + 1), -1)
+    for row, task in zip(padded, tasks):
+        row[: len(task)] = task
+    return padded, lengths
+
+
+class Batch:
+    """B episodes that step together, by the rules of pinpad. Finished ones are dropped with `select`.
+
+    layout: B start layouts. tasks: what `pad_tasks` makes of B tasks. roam: visits neither count nor end anything (to
+    see where a policy goes). Subclasses move the agent, in `step`, and show it, in `observe`.
+    """
+
+    def __init__(self, world: World, layout: Layout, tasks: tuple[np.ndarray, np.ndarray], roam: bool = False):
+        self.world, self.roam = world, roam
+        self.tasks, self.lengths = tasks
+        self.cell = layout.agent.copy()  # of the agent
+        B = len(self.cell)
+        self.things = np.concatenate([layout.colours, layout.walls], axis=1)  # cells, (B, O + W)
+        # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
+        self.content = np.full((B, world.size**2), -1)
+        np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
+        self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
+        self.time = np.zeros(B, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.cell)
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.arange(len(self))
+
+    def goal(self) -> np.ndarray:
+        """The colour to visit next, -1 once solved, (B,). Hidden from the agent."""
+        return self.tasks[self.rows, self.stage]
+
+    def subgoal(self) -> np.ndarray:
+        """Index of the current subgoal, -1 once solved, (B,). For evaluation only."""
+        return self.world.subgoal_of(self.goal())
+
+    def select(self, index: np.ndarray) -> None:
+        """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                setattr(self, name, value[index])
+
+    def arrive(self, cell: np.ndarray, failed=False):
+        """The rules, for agents that are now on `cell` (B,) -> visited colour or -1 (B,), reward (B,), done (B,).
+
+        A colour is visited by moving onto it from another cell. An episode ends when the task is solved (reward 1),
+        when a wrong colour is visited, where it `failed`, and after `limit` steps.
+        """
+        content = np.where(cell != self.cell, self.content[self.rows, cell], -1)
+        visited = np.where(content < self.world.colours, content, -1)
+        self.cell = cell
+        self.time += 1
+        over = failed | (self.time >= self.world.limit)
+        if self.roam:
+            return visited, np.zeros(len(self), dtype=np.float32), over
+        correct = (visited >= 0) & (visited == self.goal()) & ~np.asarray(failed)
+        self.stage += correct
+        solved = self.stage == self.lengths
+        return visited, solved.astype(np.float32), solved | over | ((visited >= 0) & ~correct)
+
+    def jump(self, chance, field: np.ndarray, alive: np.ndarray, rng, cells=None) -> None:
+        """With this chance (a number or (B,)) an agent goes on from another cell, which is no visit.
+
+        The new cell is one of `cells` (B, K), or any but a wall; it is not the goal, which can be reached from it.
+        field (., O, G*G): distances; alive (B,): each episode's row of it.
+        """
+        chosen = np.flatnonzero(rng.random(len(self)) < chance)
+        if cells is None:
+            cell = rng.integers(self.world.size**2, size=len(chosen))
+        else:
+            cell = cells[chosen, rng.integers(cells.shape[1], size=len(chosen))]
+        goal, content = self.goal()[chosen], self.content[chosen, cell]
+        reach = field[alive[chosen, None], goal[:, None], neighbour_table(self.world.size)[cell]].min(axis=1)
+        allowed = (content < self.world.colours) & (content != goal) & (reach < FAR)
+        self.place(chosen[allowed], cell[allowed], rng)
+
+    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
+        """Put the agents of the episodes `index` on these cells."""
+        self.cell[index] = cell
+
+
+class PinpadEnv(gym.Env):
+    """What the two Gymnasium environments share: a `Batch` of one episode of `self.world`."""
+
+    def __init__(self, world: World, render_mode: str | None):
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
+        self.world, self.render_mode = world, render_mode
+        self._batch: Batch | None = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if (options or {}).get("solvable"):
+            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
+        else:
+            layout = sample_layouts(self.world, 1, self.np_random)
+        self._batch = self.world.start(layout, pad_tasks([self.world.post]), self.np_random)
+        return self._observation(), self._info()
+
+    def step(self, action):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        _, reward, done = self._batch.step(np.asarray(action)[None])
+        return self._observation(), float(reward[0]), bool(done[0]), False, self._info()
+
+    def render(self):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "ansi":
+            return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
+        return self._picture() if self.render_mode == "rgb_array" else None
+
+    def _info(self) -> dict:
+        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
+
+
+COLOURS = np.array(
+    [
+        (230, 60, 60), (60, 110, 230), (60, 170, 75), (240, 200, 40),
+        (150, 70, 190), (240, 140, 40), (70, 200, 220), (240, 130, 190),
+    ],
+    dtype=np.uint8,
+)  # fmt: skip
+
+
+def grid_text(world: World, content: np.ndarray, agent: int) -> str:
+    """One character a cell: digits are colours, # walls, @ the agent (* when it stands on a colour)."""
+    marks = np.array([*(str(c % 10) for c in range(world.colours)), *"#" * world.walls, "."])[content]
+    marks[agent] = "*" if 0 <= content[agent] < world.colours else "@"
+    return "\n".join(" ".join(row) for row in marks.reshape(world.size, world.size)) + "\n"
+
+
+def cell_picture(world: World, content: np.ndarray, scale: int) -> np.ndarray:
+    """The colours and dark walls as an RGB picture, (G*scale, G*scale, 3) uint8."""
+    palette = np.concatenate([
+        COLOURS[np.arange(world.colours) % len(COLOURS)],
+        np.full((world.walls, 3), 70, dtype=np.uint8),
+        np.full((1, 3), 245, dtype=np.uint8),
+    ])  # fmt: skip
+    return palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Geometry tables, built once per grid size
+# Shortest paths: which layouts can be solved, and what the experts know
 # ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def neighbour_table(size: int) -> np.ndarray:
     """Cell reached by each action on an empty grid, (G*G, 4); a move out of the grid stays."""
-    cells = np.arange(size * size)
-    row, column = np.divmod(cells, size)
+    row, column = np.divmod(np.arange(size * size), size)
     table = [np.clip(row + dr, 0, size - 1) * size + np.clip(column + dc, 0, size - 1) for dr, dc in MOVES]
     return np.stack(table, axis=1)
+
+
+def distance_fields(world: World, layout: Layout) -> np.ndarray:
+    """Steps from every cell to every colour, walls and the *other* colours being obstacles.
+
+    Returns (B, O, G*G) int8, FAR where there is no path. Relaxation: d = min(d, 1 + min over neighbours),
+    all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest.
+    """
+    B, G, O = len(layout.agent), world.size, world.colours
+    rows = np.arange(B)
+    least = np.zeros((G * G, O, B), dtype=np.int8)  # FAR on obstacles
+    start = np.full((G * G, O, B), FAR, dtype=np.int8)
+    for thing in (*layout.walls.T, *layout.colours.T):
+        least[thing, :, rows] = FAR
+    for colour, cell in enumerate(layout.colours.T):
+        least[cell, colour, rows] = start[cell, colour, rows] = 0
+    field = np.full((G + 2, G + 2, O, B), FAR, dtype=np.int8)
+    inner, least = field[1:-1, 1:-1], least.reshape(G, G, O, B)
+    inner[...] = start.reshape(G, G, O, B)
+    while True:
+        best = np.minimum(field[:-2, 1:-1], field[2:, 1:-1])
+        np.minimum(best, field[1:-1, :-2], out=best)
+        np.minimum(best, field[1:-1, 2:], out=best)
+        best += best < FAR
+        np.minimum(best, inner, out=best)
+        np.maximum(best, least, out=best)
+        if np.array_equal(best, inner):
+            return np.ascontiguousarray(inner.transpose(3, 2, 0, 1)).reshape(B, O, G * G)
+        inner[...] = best
+
+
+def shortest_actions(field: np.ndarray, rows, target, agent) -> np.ndarray:
+    """Which actions lie on a shortest path: a mask (B, 4). field (., O, G*G); rows, target, agent (B,)."""
+    neighbour = neighbour_table(round(field.shape[-1] ** 0.5))[agent]
+    reach = field[rows[:, None], target[:, None], neighbour]  # (B, 4)
+    return (reach == reach.min(axis=1, keepdims=True)) & (reach < FAR) & (neighbour != agent[:, None])
+
+
+def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
+    rows, start = np.arange(len(tasks)), layout.agent
+    ok = np.ones(len(tasks), dtype=bool)
+    for i in range(tasks.shape[1] - 1):
+        active = lengths > i
+        target = np.where(active, tasks[:, i], 0)
+        # The start may itself be a coloured cell, an obstacle of this field: ask for a way out of it.
+        ok &= ~active | shortest_actions(field, rows, target, start).any(axis=1)
+        start = np.where(active, layout.colours[rows, target], start)
+    return ok
+
+
+def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
+    """`count` random solvable (layout, task) pairs, by rejection.
+
+    Returns layout, tasks as of `pad_tasks`, distance fields, share of unsolvable draws. Given the layout, the task
+    is then uniform over the tasks that can be solved on it, which is the prior of `bayes_predictor`.
+    """
+    padded, lengths = pad_tasks(tasks)
+    parts, drawn, kept = [], 0, 0
+    while kept < count:
+        if drawn > 10_000 and not kept:
+            raise ValueError(f"no solvable layout in {drawn} draws: fewer walls or colours, or a larger size")
+        layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
+        index = rng.integers(len(tasks), size=len(layout.agent))
+        field = distance_fields(world, layout)
+        ok = np.flatnonzero(solvable(field, layout, padded[index], lengths[index]))
+        drawn += len(index)
+        kept += len(ok)
+        parts.append([part[ok] for part in (*layout, padded[index], lengths[index], field)])
+    *layout, padded, lengths, field = (np.concatenate(column)[:count] for column in zip(*parts))
+    return Layout(*layout), (padded, lengths), field, 1 - kept / drawn
+
+
+def one_of(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One allowed column per row, uniformly; allowed (B, K) has a True in every row."""
+    return np.argmax(allowed * (1 + rng.random(allowed.shape, dtype=np.float32)), axis=1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The grid: moves, expert, Bayes-optimal predictor
+# ----------------------------------------------------------------------------------------------------
+
+
+class GridBatch(Batch):
+    """B episodes of grid pinpad that step together."""
+
+    def step(self, actions: np.ndarray):
+        """actions (B,) -> visited colour or -1 (B,), reward (B,), done (B,)."""
+        target = neighbour_table(self.world.size)[self.cell, actions]
+        wall = self.content[self.rows, target] >= self.world.colours
+        return self.arrive(np.where(wall, self.cell, target))
+
+    def observe(self) -> np.ndarray:
+        """Cell of every colour, every wall and the agent, (B, O + W + 1): where `one_hot` has its ones."""
+        return np.concatenate([self.things, self.cell[:, None]], axis=1)
+
+
+def one_hot(world: World, obs: np.ndarray) -> np.ndarray:
+    """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
+    full = np.zeros((len(obs), world.size**2, world.objects), dtype=np.float32)
+    full[np.arange(len(obs))[:, None], obs, np.arange(world.objects)] = 1
+    return full.reshape(len(obs), -1)
+
+
+@dataclass(frozen=True)
+class GridWorld(World):
+    """Grid pinpad. An observation is the cells of colours, walls and agent: F = O + W + 1 integers."""
+
+    kind = "grid"
+
+    def start(self, layout: Layout, tasks, rng, roam=False) -> GridBatch:
+        return GridBatch(self, layout, tasks, roam)
+
+    def expert(self, batch: GridBatch, field, alive, rng):
+        """Takes a shortest path, uniformly over all of them -> targets (B, 4), actions (B,)."""
+        best = shortest_actions(field, alive, batch.goal(), batch.cell)
+        action = one_of(best, rng)
+        return best / best.sum(axis=1, keepdims=True) if self.soft_targets else np.eye(4)[action], action
+
+    def floor(self, episodes: Episodes) -> float:
+        """Loss of the Bayes-optimal predictor, which infers the task from the moves so far, nats per episode."""
+        p = np.maximum(bayes_predictor(self, episodes), 1e-12)
+        return float(-(episodes.target * np.log(p)).sum() / len(episodes.mask))
+
+    def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
+        """Each episode turned or reflected by one of the 8 symmetries of the square, (N, T, F)."""
+        table = mirror_table(self.size)
+        return table[rng.integers(len(table), size=(len(obs), 1, 1)), obs]
+
+    def entries(self, obs: np.ndarray) -> np.ndarray:
+        """Steps that lead into a cell: all of them, (N, T)."""
+        return np.ones(obs.shape[:2], dtype=bool)
+
+    def places(self, obs: np.ndarray) -> np.ndarray:
+        """Column and row of each colour, each wall and the agent in units of cells, (..., O + W + 1, 2)."""
+        return np.stack([obs % self.size, obs // self.size], axis=-1) + 0.5
 
 
 def offset_table(size: int) -> np.ndarray:
@@ -150,362 +507,35 @@ def mirror_table(size: int) -> np.ndarray:
     return np.stack([view.reshape(-1) for view in turned])
 
 
-# ----------------------------------------------------------------------------------------------------
-# The batched core: layouts and dynamics
-# ----------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Where everything lies at the start of B episodes (cells)."""
-
-    colours: np.ndarray  # (B, O)
-    walls: np.ndarray  # (B, W)
-    agent: np.ndarray  # (B,)
-
-    def take(self, index) -> Layout:
-        return Layout(self.colours[index], self.walls[index], self.agent[index])
-
-
-def sample_layouts(world: TaskSet, count: int, rng: np.random.Generator) -> Layout:
-    """`count` layouts: colours, walls and agent on distinct cells, uniformly."""
-    keys = rng.random((count, world.size**2), dtype=np.float32)
-    cells = np.argpartition(keys, world.objects - 1, axis=1)[:, : world.objects]
-    cells = rng.permuted(cells, axis=1)  # argpartition's own order is not uniform
-    return Layout(cells[:, : world.colours], cells[:, world.colours : -1], cells[:, -1])
-
-
-def pad_tasks(tasks) -> tuple[np.ndarray, np.ndarray]:
-    """Tasks of unequal length -> colours (B, L + 1) padded with -1, lengths (B,)."""
-    lengths = np.array([len(task) for task in tasks])
-    padded = np.full((len(tasks), lengths.max() + 1), -1)
-    for row, task in zip(padded, tasks):
-        row[: len(task)] = task
-    return padded, lengths
-
-
-class GridBatch:
-    """B episodes of grid pinpad that step together. Finished ones are dropped with `select`.
-
-    Arguments: world, the sizes and the limit; layout, B start layouts; tasks, a list of B colour sequences or
-    the result of `pad_tasks`; roam, whether visits neither count nor end anything (to see where a policy goes).
-    """
-
-    def __init__(self, world: TaskSet, layout: Layout, tasks, roam: bool = False):
-        self.world, self.roam = world, roam
-        self.colours, self.walls = layout.colours, layout.walls
-        self.agent = layout.agent.copy()
-        self.tasks, self.lengths = tasks if isinstance(tasks, tuple) else pad_tasks(tasks)
-        B = len(self.agent)
-        self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
-        self.time = np.zeros(B, dtype=np.int64)
-        # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
-        self.content = np.full((B, world.size**2), -1, dtype=np.int64)
-        things = np.concatenate([self.colours, self.walls], axis=1)
-        np.put_along_axis(self.content, things, np.arange(things.shape[1])[None], axis=1)
-        self._rows = np.arange(B)
-        self._neighbour = neighbour_table(world.size)
-
-    def __len__(self) -> int:
-        return len(self.agent)
-
-    def step(self, actions: np.ndarray):
-        """actions (B,) -> visited colour or -1 (B,), reward (B,), done (B,)."""
-        target = self._neighbour[self.agent, actions]
-        on_target = self.content[self._rows, target]
-        moved = (target != self.agent) & (on_target < self.world.colours)  # neither the border nor a wall
-        self.agent = np.where(moved, target, self.agent)
-        visited = np.where(moved, on_target, -1)  # a bump is no visit
-        self.time += 1
-        if self.roam:
-            return visited, np.zeros(len(self), dtype=np.float32), self.time >= self.world.limit
-        correct = (visited >= 0) & (visited == self.goal())
-        self.stage += correct
-        solved = self.stage == self.lengths
-        wrong = (visited >= 0) & ~correct
-        done = solved | wrong | (self.time >= self.world.limit)
-        return visited, solved.astype(np.float32), done
-
-    def goal(self) -> np.ndarray:
-        """The colour to visit next, -1 once solved, (B,). Hidden from the agent."""
-        return self.tasks[self._rows, self.stage]
-
-    def subgoal(self) -> np.ndarray:
-        """Index of the current subgoal, -1 once solved, (B,). For evaluation only."""
-        index = np.append(self.world.subgoal_of_colour(), -1)
-        return index[self.goal()]
-
-    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
-        """Put the agents of the episodes `index` on these cells, which is no visit."""
-        self.agent[index] = cell
-
-    def select(self, index: np.ndarray) -> None:
-        """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
-        for name in ("colours", "walls", "agent", "tasks", "lengths", "stage", "time", "content"):
-            setattr(self, name, getattr(self, name)[index])
-        self._rows = np.arange(len(self.agent))
-
-    def inputs(self) -> np.ndarray:
-        """Cell of every colour, every wall and the agent, (B, O + W + 1): where `observe` has its ones."""
-        return np.concatenate([self.colours, self.walls, self.agent[:, None]], axis=1)
-
-    def observe(self) -> np.ndarray:
-        """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
-        obs = np.zeros((len(self), self.world.size**2, self.world.objects), dtype=np.float32)
-        obs[self._rows[:, None], self.inputs(), np.arange(self.world.objects)] = 1
-        return obs.reshape(len(self), -1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The expert (dynamic programming) and its trajectories
-# ----------------------------------------------------------------------------------------------------
-
-
-def distance_fields(world: TaskSet, layout: Layout) -> np.ndarray:
-    """Steps from every cell to every colour, walls and the *other* colours being obstacles.
-
-    Returns (B, O, G*G) int8, FAR where there is no path. Relaxation: d = min(d, 1 + min over neighbours),
-    all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest.
-    """
-    B, G, O = len(layout.agent), world.size, world.colours
-    blocked = np.zeros((G * G, O, B), dtype=bool)
-    rows = np.arange(B)
-    for wall in layout.walls.T:
-        blocked[wall, :, rows] = True
-    for colour in range(O):
-        cell = layout.colours[:, colour]
-        goal = np.arange(O) == colour
-        blocked[cell, :, rows] = ~goal
-    field = np.full((G + 2, G + 2, O, B), FAR, dtype=np.int8)
-    inner = field[1:-1, 1:-1]
-    grid = inner.reshape(G * G, O, B)  # a copy: fill it, then write it back
-    for colour in range(O):
-        grid[layout.colours[:, colour], colour, rows] = 0
-    inner[...] = grid.reshape(G, G, O, B)
-    wall_value = np.where(blocked, FAR, 0).astype(np.int8).reshape(G, G, O, B)
-    while True:
-        best = np.minimum(field[:-2, 1:-1], field[2:, 1:-1])
-        np.minimum(best, field[1:-1, :-2], out=best)
-        np.minimum(best, field[1:-1, 2:], out=best)
-        best += best < FAR
-        np.minimum(best, inner, out=best)
-        np.maximum(best, wall_value, out=best)
-        if np.array_equal(best, inner):
-            return np.ascontiguousarray(inner.transpose(3, 2, 0, 1)).reshape(B, O, G * G)
-        inner[...] = best
-
-
-def shortest_actions(field: np.ndarray, rows, target, agent, neighbour: np.ndarray) -> np.ndarray:
-    """Which actions lie on a shortest path: a mask (B, 4). field (., O, G*G); rows, target, agent (B,)."""
-    reach = field[rows[:, None], target[:, None], neighbour[agent]]  # (B, 4)
-    return (reach == reach.min(axis=1, keepdims=True)) & (reach < FAR) & (neighbour[agent] != agent[:, None])
-
-
-def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
-    rows = np.arange(len(tasks))
-    neighbour = neighbour_table(round(field.shape[-1] ** 0.5))
-    ok = np.ones(len(tasks), dtype=bool)
-    start = layout.agent
-    for i in range(tasks.shape[1] - 1):
-        active = lengths > i
-        target = np.where(active, tasks[:, i], 0)
-        # The start may itself be a coloured cell, an obstacle of this field: look at the cells around it.
-        reach = field[rows[:, None], target[:, None], neighbour[start]]
-        reach = np.where(neighbour[start] == start[:, None], FAR, reach)
-        ok &= ~active | (reach.min(axis=1) < FAR)
-        start = np.where(active, layout.colours[rows, target], start)
-    return ok
-
-
-class Episodes(NamedTuple):
-    """N expert trajectories, padded to T steps."""
-
-    colours: np.ndarray  # (N, O) cells
-    walls: np.ndarray  # (N, W) cells
-    agent: np.ndarray  # (N, T + 1) cell of the agent before each action and after the last (then repeated)
-    actions: np.ndarray  # (N, T)
-    expert: np.ndarray  # (N, T, 4) the clean expert's action probabilities: uniform over shortest paths
-    goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
-    mask: np.ndarray  # (N, T) True on real steps
-    task: np.ndarray  # (N,) index into the list of tasks
-
-    def lengths(self) -> np.ndarray:
-        """Steps of each episode, (N,): also the place of its last observation in `inputs`."""
-        return self.mask.sum(axis=1)
-
-    def inputs(self) -> np.ndarray:
-        """The observations, the last one included, as `GridBatch.inputs` gives them, (N, T + 1, O + W + 1)."""
-        things = np.concatenate([self.colours, self.walls], axis=1)
-        things = np.broadcast_to(things[:, None], (*self.agent.shape, things.shape[1]))
-        return np.concatenate([things, self.agent[..., None]], axis=-1)
-
-    @property
-    def asked(self) -> np.ndarray:
-        """What the expert saw when it chose `actions`, (N, T, O + W + 1)."""
-        return self.inputs()[:, :-1]
-
-    def take(self, index) -> Episodes:
-        """The episodes of `index`, with the padding cut to the longest of them."""
-        longest = int(self.mask[index].sum(axis=1).max())
-        cut = {"agent": longest + 1, "actions": longest, "expert": longest, "goal": longest, "mask": longest}
-        return Episodes(*(v[index][:, : cut.get(k)] if k in cut else v[index] for k, v in self._asdict().items()))
-
-
-def solvable_layouts(world: TaskSet, tasks, count: int, rng: np.random.Generator):
-    """`count` random solvable (layout, task) pairs, by rejection.
-
-    Returns layout, task index (count,), distance fields, share of unsolvable draws. Given the layout, the task
-    is then uniform over the tasks that can be solved on it, which is the prior of `bayes_predictor`.
-    """
-    padded, lengths = pad_tasks(tasks)
-    parts, drawn, kept = [], 0, 0
-    while kept < count:
-        if drawn > 10_000 and not kept:
-            raise ValueError(f"no solvable layout in {drawn} draws: fewer walls or colours, or a larger size")
-        layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
-        index = rng.integers(len(tasks), size=len(layout.agent))
-        field = distance_fields(world, layout)
-        ok = np.flatnonzero(solvable(field, layout, padded[index], lengths[index]))
-        drawn += len(index)
-        kept += len(ok)
-        parts.append((layout.take(ok), index[ok], field[ok]))
-    layouts, indices, fields = zip(*parts)
-    layout = Layout(*(np.concatenate(column)[:count] for column in zip(*layouts)))
-    return layout, np.concatenate(indices)[:count], np.concatenate(fields)[:count], 1 - kept / drawn
-
-
-def expert_episodes(
-    world: TaskSet, tasks, count: int, rng: np.random.Generator, noise=0.0, displace=0.0, on_colour=0.0, chunk=1024
-):
-    """`count` successful expert trajectories on random solvable layouts -> Episodes, share of unsolvable draws.
-
-    With probability `noise` a step takes a random action that ends nothing and closes no way (paper: eps). With
-    probability `displace` a step is followed by a jump to a random cell (ours: it shows what to do from
-    places the expert would not pass, and unlike `noise` leaves every action an expert's). With probability
-    `on_colour` an episode starts on a random colour that is not its first goal (ours: every later subgoal starts
-    on a colour, and where an episode starts must not tell where it goes). The recorded expert
-    probabilities stay the clean expert's. Episodes over the time limit are drawn again. Worked on in chunks
-    that fit the processor's cache.
-    """
-    parts, unsolvable, made = [], [], 0
-    while made < count:
-        part, share = _expert_chunk(world, tasks, min(chunk, count - made), rng, noise, displace, on_colour)
-        parts.append(part)
-        unsolvable.append(share)
-        made += len(part.task)
-    T = max(part.mask.shape[1] for part in parts)
-
-    def join(name):
-        arrays = [getattr(part, name) for part in parts]
-        if name in ("agent", "actions", "expert", "goal", "mask"):
-            more = [[(0, 0), (0, T - part.mask.shape[1])] + [(0, 0)] * (a.ndim - 2) for part, a in zip(parts, arrays)]
-            options = {"goal": {"constant_values": -1}, "agent": {"mode": "edge"}}.get(name, {})
-            arrays = [np.pad(a, pad, **options) for a, pad in zip(arrays, more)]
-        return np.concatenate(arrays)
-
-    return Episodes(*(join(name) for name in Episodes._fields)), float(np.mean(unsolvable))
-
-
-def _expert_chunk(world, tasks, count, rng, noise, displace, on_colour):
-    layout, task, field, share = solvable_layouts(world, tasks, count, rng)
-    padded, lengths = pad_tasks(tasks)
-    batch = GridBatch(world, layout, (padded[task], lengths[task]))
-    neighbour = neighbour_table(world.size)
-    moved = np.flatnonzero(rng.random(count) < on_colour)
-    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng), rng)
-    record = {
-        "agent": np.repeat(batch.agent[:, None], world.limit + 1, axis=1),
-        "actions": np.zeros((count, world.limit), dtype=np.int64),
-        "expert": np.zeros((count, world.limit, 4), dtype=np.float32),
-        "goal": np.full((count, world.limit), -1, dtype=np.int64),
-        "mask": np.zeros((count, world.limit), dtype=bool),
-    }
-    alive, success = np.arange(count), np.zeros(count, dtype=bool)
-    for t in range(world.limit):
-        goal = batch.goal()
-        best = shortest_actions(field, alive, goal, batch.agent, neighbour)
-        action = _choose(best, rng)
-        if noise > 0:
-            free = _harmless_actions(batch, field, alive, goal, neighbour)
-            action = np.where(rng.random(len(action)) < noise, _choose(free, rng), action)
-        record["actions"][alive, t] = action
-        record["expert"][alive, t] = best / best.sum(axis=1, keepdims=True)
-        record["goal"][alive, t] = goal
-        record["mask"][alive, t] = True
-        _, reward, done = batch.step(action)
-        if displace > 0:
-            moved = np.flatnonzero(~done & (rng.random(len(done)) < displace))
-            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
-        record["agent"][alive, t + 1 :] = batch.agent[:, None]
-        success[alive[reward > 0]] = True
-        alive = alive[~done]
-        batch.select(~done)
-        if not len(alive):
-            break
-    record = {name: value[success][:, : t + 1 + (name == "agent")] for name, value in record.items()}
-    return Episodes(layout.colours[success], layout.walls[success], **record, task=task[success]), share
-
-
-def _choose(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One allowed action per row, uniformly; allowed (B, 4) has a True in every row."""
-    return np.argmax(allowed * (1 + rng.random(allowed.shape, dtype=np.float32)), axis=1)
-
-
-def _harmless_actions(batch: GridBatch, field, rows, goal, neighbour) -> np.ndarray:
-    """Actions that neither visit a wrong colour nor lead where the goal cannot be reached, (B, 4)."""
-    target = neighbour[batch.agent]  # (B, 4)
-    content = batch.content[batch._rows[:, None], target]
-    bump = (target == batch.agent[:, None]) | (content >= batch.world.colours)
-    return bump | (field[rows[:, None], goal[:, None], target] < FAR)
-
-
-def _one_of(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One value of each row of (B, K), uniformly."""
-    return values[np.arange(len(values)), rng.integers(values.shape[1], size=len(values))]
-
-
-def _displace(batch, field, rows, chosen, cell, rng) -> None:
-    """Put the agent of each `chosen` episode on its `cell`, where that is no wall, not the goal and not cut off.
-
-    A cell of another colour will do: being put there is no visit.
-    """
-    goal, content = batch.goal()[chosen], batch.content[chosen, cell]
-    reach = field[rows[chosen, None], goal[:, None], neighbour_table(batch.world.size)[cell]].min(axis=1)
-    allowed = (content < batch.world.colours) & (content != goal) & (reach < FAR)
-    batch.place(chosen[allowed], cell[allowed], rng)
-
-
-def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
+def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
     """The best possible next-action probabilities given the observations so far, (N, T, 4).
 
-    The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the clean expert's likelihood of the
-    moves so far, over the tasks that can be solved on this layout. Its loss on held-out episodes is the floor of
-    every base model. For episodes without noise.
+    The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the expert's likelihood of the moves so
+    far, over the tasks that can be solved on this layout. For episodes without jumps.
     """
-    padded, lengths = pad_tasks(tasks)
+    padded, lengths = pad_tasks(world.pretrain)
     N, T = episodes.mask.shape
-    K = len(tasks)
-    layout = Layout(episodes.colours, episodes.walls, episodes.agent[:, 0])
+    K = len(lengths)
+    first, agent = episodes.obs[:, 0], episodes.obs[..., -1]
+    layout = Layout(first[:, : world.colours], first[:, world.colours : -1], first[:, -1])
     field = distance_fields(world, layout)
-    neighbour = neighbour_table(world.size)
     posterior = np.stack(
         [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)], axis=1
     ).astype(float)
-    rows = np.repeat(np.arange(N), K)
-    stage = np.zeros(N, dtype=np.int64)
+    rows, stage = np.repeat(np.arange(N), K), np.zeros(N, dtype=np.int64)
     result = np.zeros((N, T, 4), dtype=np.float32)
     for t in range(T):
         live = episodes.mask[:, t]
         goals = padded[:, np.minimum(stage, padded.shape[1] - 1)].T  # (N, K); -1 where the task is over
-        target = np.maximum(goals, 0).reshape(-1)
-        best = shortest_actions(field, rows, target, np.repeat(episodes.agent[:, t], K), neighbour)
+        best = shortest_actions(field, rows, np.maximum(goals, 0).reshape(-1), np.repeat(agent[:, t], K))
         chance = best / np.maximum(best.sum(axis=1, keepdims=True), 1)
         chance = chance.reshape(N, K, 4) * (goals >= 0)[..., None]
         posterior *= goals >= 0  # the episode goes on, so a task that would be over is not the one
         posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
         result[:, t] = (posterior[..., None] * chance).sum(axis=1) * live[:, None]
-        taken = chance[np.arange(N), :, episodes.actions[:, t]]
-        posterior = np.where(live[:, None], posterior * taken, posterior)
+        taken = neighbour_table(world.size)[agent[:, t]] == agent[:, t + 1, None]  # (N, 4)
+        likelihood = (chance * taken[:, None]).sum(axis=2)
+        posterior = np.where(live[:, None], posterior * likelihood, posterior)
         if t + 1 < T:  # a visit also tells which tasks are still possible
             visit = live & episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
             posterior = np.where(visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior)
@@ -513,20 +543,7 @@ def bayes_predictor(world: TaskSet, tasks, episodes: Episodes) -> np.ndarray:
     return result
 
 
-# ----------------------------------------------------------------------------------------------------
-# The Gymnasium environment
-# ----------------------------------------------------------------------------------------------------
-
-COLOURS = np.array(
-    [
-        (230, 60, 60), (60, 110, 230), (60, 170, 75), (240, 200, 40),
-        (150, 70, 190), (240, 140, 40), (70, 200, 220), (240, 130, 190),
-    ],
-    dtype=np.uint8,
-)  # fmt: skip
-
-
-class GridPinpad(gym.Env):
+class GridPinpad(PinpadEnv):
     """Grid pinpad: visit the colours of a hidden task in order.
 
     ## Description
@@ -566,89 +583,41 @@ class GridPinpad(gym.Env):
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
     def __init__(self, size=7, colours=8, walls=4, limit=100, task=None, subgoals=None, render_mode=None):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
-        task = TASK_SETS["paper"].post if task is None else tuple(task)
-        if subgoals is None:
-            subgoals = PAIRS if colours == 8 else tuple((c,) for c in range(colours))
-        self.world = TaskSet(size, colours, walls, limit, tuple(subgoals), (task,), task)
-        self.render_mode = render_mode
+        task = WORLDS["paper"].post if task is None else tuple(task)
+        subgoals = subgoals or (PAIRS if colours == 8 else tuple((c,) for c in range(colours)))
+        super().__init__(GridWorld(size, colours, walls, limit, tuple(subgoals), (task,), task), render_mode)
         self.action_space = gym.spaces.Discrete(4)
-        shape = (size * size * self.world.objects,)
-        self.observation_space = gym.spaces.Box(0.0, 1.0, shape, np.float32)
-        self._batch: GridBatch | None = None
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if (options or {}).get("solvable"):
-            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
-        else:
-            layout = sample_layouts(self.world, 1, self.np_random)
-        self._batch = GridBatch(self.world, layout, [self.world.post])
-        return self._batch.observe()[0], self._info()
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (size * size * self.world.objects,), np.float32)
 
     def step(self, action):
         if not self.action_space.contains(action):
             raise ValueError(f"action={action!r} must be an integer 0..3")
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        _, reward, done = self._batch.step(np.array([action]))
-        return self._batch.observe()[0], float(reward[0]), bool(done[0]), False, self._info()
+        return super().step(action)
 
-    def render(self):
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before render()")
-        if self.render_mode == "ansi":
-            return grid_text(self.world, self._batch.content[0], int(self._batch.agent[0]))
-        if self.render_mode == "rgb_array":
-            return grid_picture(self.world, self._batch.content[0], int(self._batch.agent[0]))
-        return None
+    def _observation(self) -> np.ndarray:
+        return one_hot(self.world, self._batch.observe())[0]
 
-    def _info(self) -> dict:
-        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
-
-
-def grid_text(world: TaskSet, content: np.ndarray, agent: int) -> str:
-    """One character a cell: digits are colours, # walls, @ the agent (* when it stands on a colour)."""
-    marks = np.array([*(str(c % 10) for c in range(world.colours)), *"#" * world.walls, "."])[content]
-    marks[agent] = "*" if 0 <= content[agent] < world.colours else "@"
-    return "\n".join(" ".join(row) for row in marks.reshape(world.size, world.size)) + "\n"
-
-
-def cell_picture(world: TaskSet, content: np.ndarray, scale: int) -> np.ndarray:
-    """The colours and dark walls as an RGB picture, (G*scale, G*scale, 3) uint8."""
-    palette = np.concatenate([
-        COLOURS[np.arange(world.colours) % len(COLOURS)],
-        np.full((world.walls, 3), 70, dtype=np.uint8),
-        np.full((1, 3), 245, dtype=np.uint8),
-    ])  # fmt: skip
-    return palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
-
-
-def grid_picture(world: TaskSet, content: np.ndarray, agent: int, scale: int = 24) -> np.ndarray:
-    """An RGB picture (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
-    picture = cell_picture(world, content, scale)
-    row, column = divmod(agent, world.size)
-    inset = scale // 4
-    picture[row * scale + inset : (row + 1) * scale - inset, column * scale + inset : (column + 1) * scale - inset] = 0
-    return picture
-
-
-gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)
+    def _picture(self, scale: int = 24) -> np.ndarray:
+        """RGB, (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
+        picture = cell_picture(self.world, self._batch.content[0], scale)
+        row, column = scale * np.array(divmod(self._batch.cell[0], self.world.size))
+        inset = scale // 4
+        picture[row + inset : row + scale - inset, column + inset : column + scale - inset] = 0
+        return picture
 
 
 # ----------------------------------------------------------------------------------------------------
-# Ant pinpad: physics and rules, written once, for a batch of episodes
-# ----------------------------------------------------------------------------------------------------
+# The ant: physics and observation
 #
-# The world is G x G cells of ANT_CELL metres around the origin, x to the right, y up: row 0 has the largest y.
-# A state is MuJoCo's: time, position (x y z, quaternion w x y z, hip and ankle of legs 1 to 4), velocity (the same
-# but for the quaternion: 3 turning rates). Torques are in MuJoCo's order, leg 4 first: hip_4, ankle_4, hip_1, ...
+# The world is G x G cells of CELL metres around the origin, x to the right, y up: row 0 has the largest y. A state is
+# MuJoCo's: time, position (x y z, quaternion w x y z, hip and ankle of legs 1 to 4), velocity (the same but for the
+# quaternion: 3 turning rates). Torques are in MuJoCo's order, leg 4 first: hip_4, ankle_4, hip_1, ...
+# ----------------------------------------------------------------------------------------------------
 
-ANT_CELL = 1.25  # metres; ours: it makes a colour about as many steps as in the paper's Fig. 6
-ANT_SUBSTEPS = 5  # of 0.01 s; ours, Gymnasium's ant
-ANT_HEIGHT = (0.2, 1.0)  # of the torso; outside, the episode ends
-ANT_LARGEST = 200.0  # m, rad, m/s or rad/s: beyond, the simulation has diverged (random torques reach about 20)
+CELL = 1.25  # metres; ours: it makes a colour about as many steps as in the paper's Fig. 6
+SUBSTEPS = 5  # of 0.01 s; ours, Gymnasium's ant
+LOWEST, HIGHEST = 0.2, 1.0  # of the torso; outside, the episode ends
+LARGEST = 200.0  # m, rad, m/s or rad/s: beyond, the simulation has diverged (random torques reach about 20)
 XY, HEIGHT, QUATERNION, JOINTS, JOINT_RATES = slice(1, 3), 3, slice(4, 8), slice(8, 16), slice(22, 30)  # in the state
 STANDING = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)  # ant.xml's init_qpos; all joints at 0: 86 % fall
 
@@ -670,191 +639,74 @@ def ant_physics(threads: int):
 def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np.ndarray:
     """One control step: state (B, 30), torques (B, 8), clipped to [-1, 1] -> state (B, 30)."""
     model, scratch, pool = ant_physics(threads)
-    states, _ = pool.rollout(model, scratch, state, torques[:, None].astype(float), nstep=ANT_SUBSTEPS)
+    states, _ = pool.rollout(model, scratch, state, torques[:, None].astype(float), nstep=SUBSTEPS)
     return states[:, -1]
-
-
-def cell_centres(size: int) -> np.ndarray:
-    """x and y of the centre of every cell, (G*G, 2)."""
-    row, column = np.divmod(np.arange(size * size), size)
-    return ANT_CELL * np.stack([column - (size - 1) / 2, (size - 1) / 2 - row], axis=1)
 
 
 def symlog(x: np.ndarray) -> np.ndarray:
     return np.sign(x) * np.log1p(np.abs(x))
 
 
-def symexp(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.expm1(np.abs(x))
+class AntBatch(Batch):
+    """B episodes of ant pinpad that step together.
 
-
-def ant_slices(world: TaskSet) -> dict[str, slice]:
-    """Where each part of the observation lies; `AntPinpad` says what the parts are."""
-    things = 2 * (world.colours + world.walls)
-    sizes = {"height": 1, "orientation": 4, "joints": 8, "velocity": 14, "xy": 2, "things": things, "local": 2}
-    ends = np.cumsum([0, *sizes.values()]).tolist()
-    return {name: slice(start, end) for name, start, end in zip(sizes, ends[:-1], ends[1:])}
-
-
-@functools.cache
-def _ant_turns(world: TaskSet):
-    """What `turn_ant` does to all parts but the orientation: places (4, 4, F) and signs (4, 4, F)."""
-    parts = ant_slices(world)
-    place = np.tile(np.arange(parts["local"].stop), (4, 4, 1))
-    sign = np.ones(place.shape, dtype=np.float32)
-    velocity = parts["velocity"].start
-    in_world = [velocity, *(parts[name].start for name in ("xy", "local"))]
-    in_world += range(parts["things"].start, parts["things"].stop, 2)
-    quarter = ([0, 1], [1, 1]), ([1, 0], [-1, 1]), ([0, 1], [-1, -1]), ([1, 0], [1, -1])  # of a vector (x, y)
-    for turns, legs in np.ndindex(4, 4):
-        for start, angle in [*((start, turns) for start in in_world), (velocity + 3, -legs)]:
-            order, signs = quarter[angle % 4]
-            place[turns, legs, start : start + 2] = start + np.array(order)
-            sign[turns, legs, start : start + 2] = signs
-        for start in (parts["joints"].start, velocity + 6):
-            for leg in range(4):
-                was = (leg + legs) % 4
-                place[turns, legs, start + 2 * leg + np.arange(2)] = start + 2 * was + np.arange(2)
-                sign[turns, legs, start + 2 * leg + 1] = ANKLE_SIGN[was] * ANKLE_SIGN[leg]
-    return place, sign
-
-
-def turn_ant(world: TaskSet, obs: np.ndarray, turns: np.ndarray, legs: np.ndarray) -> np.ndarray:
-    """The same trajectories, obs (N, T, F), in a world turned by quarters to the left, `turns` (N,) of 0..3.
-
-    The ant looks the same from four sides: `legs` (N,) of 0..3 renames its legs, so that its own frame turns too.
-    Both are symmetries of the task, the physics and the expert (but for what it takes for its yaw when it tilts).
-    """
-    place, sign = (table[turns, legs][:, None] for table in _ant_turns(world))
-    turned = np.take_along_axis(obs, np.broadcast_to(place, obs.shape), axis=2) * sign
-    w, x, y, z = np.moveaxis(symexp(obs[..., ant_slices(world)["orientation"]]), -1, 0)
-    # Turns about z, before and after: the halves w + iz and x + iy of the quaternion turn by half the angle.
-    one = (w + 1j * z) * np.exp(1j * np.pi / 4 * (turns + legs))[:, None]
-    two = (x + 1j * y) * np.exp(1j * np.pi / 4 * (turns - legs))[:, None]
-    turned[..., ant_slices(world)["orientation"]] = symlog(np.stack([one.real, two.real, two.imag, one.imag], -1))
-    return turned
-
-
-def turn_torques(torques: np.ndarray, legs: np.ndarray) -> np.ndarray:
-    """The torques (N, T, 8) of an ant whose legs were renamed by `turn_ant`; legs (N,)."""
-    was = (np.arange(3, 7) + legs[:, None]) % 4  # MuJoCo's actuators start with leg 4
-    by_leg = np.roll(torques.reshape(*torques.shape[:2], 4, 2), -1, axis=2)  # from leg 1 on
-    turned = np.take_along_axis(by_leg, was[:, None, :, None], axis=2)
-    turned[..., 1] *= (ANKLE_SIGN[was] * ANKLE_SIGN[[3, 0, 1, 2]])[:, None]
-    return turned.reshape(torques.shape)
-
-
-class AntBatch:
-    """B episodes of ant pinpad that step together. Finished ones are dropped with `select`.
-
-    Arguments as of `GridBatch`; rng draws the start poses: anywhere in the cell, any yaw, joint angles and rates
-    within 0.1 of standing still. Starting on a colour is no visit, but `sample_layouts` starts on a free cell.
-    An episode ends as on the grid, and when the torso enters a wall cell or is too low or too high; also when the
-    simulation diverges or a torque is not finite, which `diverged` counts. `roam` keeps these last ends. What the
-    paper leaves open: beyond the grid everything belongs to the nearest cell, so that the border ends nothing, as on
-    the grid; nor does lying upside down, which the height does not show (see `upright`).
-    threads: for the simulation; no result depends on it.
+    rng draws the start poses: anywhere in the cell, any yaw, joint angles and rates within 0.1 of standing still. An
+    episode also ends when the torso enters a wall cell or is too low or too high, and when the simulation diverges or
+    a torque is not finite, which `diverged` counts. `roam` keeps these ends. What the paper leaves open: beyond the
+    grid everything belongs to the nearest cell, so that the border ends nothing, as on the grid; nor does lying upside
+    down, which the height does not show (see `upright`).
     """
 
-    def __init__(self, world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):
-        self.world, self.roam, self.threads = world, roam, threads
-        self.colours, self.walls = layout.colours, layout.walls
-        self.tasks, self.lengths = tasks if isinstance(tasks, tuple) else pad_tasks(tasks)
-        B = len(layout.agent)
-        self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
-        self.time = np.zeros(B, dtype=np.int64)
-        self.cell = layout.agent.copy()  # of the torso
-        # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
-        self.content = np.full((B, world.size**2), -1, dtype=np.int64)
-        self._things = np.concatenate([self.colours, self.walls], axis=1)
-        np.put_along_axis(self.content, self._things, np.arange(self._things.shape[1])[None], axis=1)
+    def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
+        super().__init__(world, layout, tasks, roam)
+        B = len(self)
         self.diverged = 0  # episodes so far that ended because the simulation did
-        self._rows = np.arange(B)
-        self._centres = cell_centres(world.size)
-        self._half = world.size * ANT_CELL / 2
         self.state = self._standing(self.cell)  # (B, 30)
-        self.state[:, XY] += rng.uniform(-ANT_CELL / 2, ANT_CELL / 2, (B, 2))
+        self.state[:, XY] += rng.uniform(-CELL / 2, CELL / 2, (B, 2))
         yaw = rng.uniform(-np.pi, np.pi, B)
         self.state[:, 4], self.state[:, 7] = np.cos(yaw / 2), np.sin(yaw / 2)
         self.state[:, JOINTS] += rng.uniform(-0.1, 0.1, (B, 8))
         self.state[:, JOINT_RATES] = rng.uniform(-0.1, 0.1, (B, 8))
 
-    def __len__(self) -> int:
-        return len(self.cell)
-
     def _standing(self, cell: np.ndarray) -> np.ndarray:
         """The state of standing still at the centre of these cells."""
         state = np.zeros((len(cell), 30))
         state[:, 1:16] = STANDING
-        state[:, XY] = self._centres[cell]
+        state[:, XY] = self.world.centres[cell]
         return state
 
     def step(self, actions: np.ndarray):
         """torques (B, 8), clipped to [-1, 1] -> visited colour or -1 (B,), reward (B,), done (B,)."""
         sane = np.isfinite(actions).all(axis=1)
-        self.state = ant_simulate(self.state, np.where(sane[:, None], actions, 0), self.threads)
-        sane &= (np.abs(self.state[:, 1:]) < ANT_LARGEST).all(axis=1)  # also False where it is not finite
+        self.state = ant_simulate(self.state, np.where(sane[:, None], actions, 0), self.world.threads)
+        sane &= (np.abs(self.state[:, 1:]) < LARGEST).all(axis=1)  # also False where it is not finite
         self.diverged += int((~sane).sum())
         self.state[~sane] = self._standing(self.cell[~sane])
-        target = self._cell_of(self.state[:, XY])
-        content = np.where(target != self.cell, self.content[self._rows, target], -1)
-        self.cell = target
-        visited = np.where(content < self.world.colours, content, -1)
-        self.time += 1
-        lowest, highest = ANT_HEIGHT
-        fallen = (self.state[:, HEIGHT] < lowest) | (self.state[:, HEIGHT] > highest)
-        failed = ~sane | fallen | (content >= self.world.colours)
-        if self.roam:
-            return visited, np.zeros(len(self), dtype=np.float32), failed | (self.time >= self.world.limit)
-        correct = (visited >= 0) & (visited == self.goal()) & ~failed
-        self.stage += correct
-        solved = self.stage == self.lengths
-        wrong = (visited >= 0) & ~correct
-        done = solved | wrong | failed | (self.time >= self.world.limit)
-        return visited, solved.astype(np.float32), done
-
-    def _cell_of(self, xy: np.ndarray) -> np.ndarray:
-        """The cell of a place, or the nearest one off the grid, (B, 2) -> (B,)."""
-        column, row = np.clip((self._half + xy * (1, -1)) // ANT_CELL, 0, self.world.size - 1).astype(np.int64).T
-        return row * self.world.size + column
+        cell = self.world.cell_of(self.state[:, XY])
+        fallen = (self.state[:, HEIGHT] < LOWEST) | (self.state[:, HEIGHT] > HIGHEST)
+        wall = (cell != self.cell) & (self.content[self.rows, cell] >= self.world.colours)
+        return self.arrive(cell, ~sane | fallen | wall)
 
     def upright(self) -> np.ndarray:
         """Whether the torso's own z axis points up, (B,). For evaluation only."""
         return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
 
-    def goal(self) -> np.ndarray:
-        """The colour to visit next, -1 once solved, (B,). Hidden from the agent."""
-        return self.tasks[self._rows, self.stage]
-
-    def subgoal(self) -> np.ndarray:
-        """Index of the current subgoal, -1 once solved, (B,). For evaluation only."""
-        index = np.append(self.world.subgoal_of_colour(), -1)
-        return index[self.goal()]
-
     def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
-        """Put the ants of the episodes `index` anywhere in these cells, as they move: no visit, no other change."""
-        self.state[index, XY] = self._centres[cell] + rng.uniform(-ANT_CELL / 2, ANT_CELL / 2, (len(index), 2))
-        self.cell[index] = cell
-
-    def select(self, index: np.ndarray) -> None:
-        """Keep only the episodes of `index` (a mask or indices), so that no work is done for the dead."""
-        for name in ("colours", "walls", "cell", "tasks", "lengths", "stage", "time", "content", "state", "_things"):
-            setattr(self, name, getattr(self, name)[index])
-        self._rows = np.arange(len(self.cell))
+        """Put the ants of the episodes `index` anywhere in these cells, as they move."""
+        super().place(index, cell, rng)
+        self.state[index, XY] = self.world.centres[cell] + rng.uniform(-CELL / 2, CELL / 2, (len(index), 2))
 
     def observe(self) -> np.ndarray:
-        """The paper's observation, (B, 31 + 2 (O + W)) float32: the parts of `ant_slices`, in that order."""
-        xy = self.state[:, XY]
-        things = self._centres[self._things] - xy[:, None]  # (B, O + W, 2)
-        local = xy - self._centres[self.cell]
-        parts = [symlog(self.state[:, HEIGHT:]), xy / self._half, things.reshape(len(self), -1) / self._half]
-        return np.concatenate([*parts, local / (ANT_CELL / 2)], axis=1).astype(np.float32)
-
-    inputs = observe  # what the base model reads
+        """The paper's observation, (B, 31 + 2 (O + W)) float32: the parts of `AntWorld.parts`, in that order."""
+        xy, half = self.state[:, XY], self.world.half
+        things = self.world.centres[self.things] - xy[:, None]  # (B, O + W, 2)
+        local = xy - self.world.centres[self.cell]
+        parts = [symlog(self.state[:, HEIGHT:]), xy / half, things.reshape(len(self), -1) / half, local / (CELL / 2)]
+        return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------
-# The ant's expert (scripted) and its trajectories
+# The ant's expert, a scripted trot
 # ----------------------------------------------------------------------------------------------------
 
 LEG_AZIMUTH = np.pi / 4 + np.pi / 2 * np.arange(4)  # of legs 1 to 4, seen from the torso
@@ -904,7 +756,7 @@ def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = round(cells**0.5)
     neighbour = neighbour_table(size)
     episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
-    best = shortest_actions(field, episode, colour, cell, neighbour)
+    best = shortest_actions(field, episode, colour, cell)
     leftmost = best & ~best[:, LEFT_OF]
     best = np.where(leftmost.any(axis=1, keepdims=True), leftmost, best)
     goal = field.argmin(axis=-1).reshape(-1).repeat(cells)
@@ -912,143 +764,34 @@ def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ahead, step = ahead - np.divmod(cell, size), step - np.array(np.divmod(cell, size))[:, None]
     left = best & (ahead[0] * step[1] < ahead[1] * step[0]).T
     best = np.where(left.any(axis=1, keepdims=True), left, best)
-    target = np.where(best.any(axis=1), neighbour[cell, _choose(best, rng)], cell)
+    target = np.where(best.any(axis=1), neighbour[cell, one_of(best, rng)], cell)
     return target.reshape(B, O, cells)
 
 
 def ant_direction(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Where the centre of the next cell lies, (B,) in radians. route (., O, G*G); rows (B,): each episode's route."""
-    target = batch._centres[route[rows, batch.goal(), batch.cell]]
+    """Where the expert walks: to the centre of the next cell, (B,) in radians. route (., O, G*G); rows (B,) of it."""
+    target = batch.world.centres[route[rows, batch.goal(), batch.cell]]
     dx, dy = (target - batch.state[:, XY]).T
     return np.arctan2(dy, dx)
 
 
-def ant_expert(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Torques (B, 8) of the expert; arguments as of `ant_direction`."""
-    return trot(batch.state, ant_direction(batch, route, rows))
+STRIDE = 40  # control steps between two decisions of a spliced trajectory, at an even pace
+STRIDE_LENGTH = 0.8  # metres: most of a cell
 
 
-class AntEpisodes(NamedTuple):
-    """N expert trajectories, padded to T steps."""
-
-    obs: np.ndarray  # (N, T + 1, F) float32, the last one included; 0 in the padding
-    actions: np.ndarray  # (N, T, 8) float32, the clean expert's torques; 0 in the padding
-    goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
-    mask: np.ndarray  # (N, T) True on real steps
-    task: np.ndarray  # (N,) index into the list of tasks
-    colours: np.ndarray  # (N, O) cells
-    walls: np.ndarray  # (N, W) cells
-    asked: np.ndarray  # (N, T, F) what the expert saw when it gave `actions`: obs_1..T, or the ant put elsewhere
-
-    def lengths(self) -> np.ndarray:
-        """Steps of each episode, (N,): also the place of its last observation in `obs`."""
-        return self.mask.sum(axis=1)
-
-    def inputs(self) -> np.ndarray:
-        """The observations, the last one included, (N, T + 1, F)."""
-        return self.obs
-
-    def xy(self, world: TaskSet) -> np.ndarray:
-        """Where the ant was, in metres, (N, T + 1, 2)."""
-        return self.obs[..., ant_slices(world)["xy"]] * np.float32(world.size * ANT_CELL / 2)
-
-    def turned(self, world: TaskSet, turns: np.ndarray, legs: np.ndarray) -> AntEpisodes:
-        """The same episodes as `turn_ant` sees them; what is no observation and no action stays as it was."""
-        obs, asked = (turn_ant(world, part, turns, legs) for part in (self.obs, self.asked))
-        return self._replace(obs=obs, asked=asked, actions=turn_torques(self.actions, legs))
-
-    def take(self, index) -> AntEpisodes:
-        """The episodes of `index`, with the padding cut to the longest of them."""
-        longest = int(self.mask[index].sum(axis=1).max())
-        cut = {"obs": longest + 1} | dict.fromkeys(("actions", "goal", "mask", "asked"), longest)
-        return AntEpisodes(*(v[index, : cut[k]] if k in cut else v[index] for k, v in self._asdict().items()))
-
-
-def ant_expert_episodes(
-    world: TaskSet, tasks, count: int, rng: np.random.Generator,
-    noise=0.0, displace=0.0, on_colour=0.0, steps=None, chunk=256, threads=1,
-):  # fmt: skip
-    """`count` successful trajectories on random solvable layouts -> AntEpisodes, share unsolvable, success rate.
-
-    noise: standard deviation of Gaussian noise on the torques that are executed; the recorded torques are the clean
-    expert's at the states this leads to. displace, on_colour: as of `expert_episodes`. steps: cut episodes there,
-    finished or not; without it an episode that is not solved within the limit is a failure. Failures are dropped, but
-    they count in the success rate. Worked on in chunks that are written into one block, so that nothing is held
-    twice: about 0.1 MB an episode at limit 500.
-    """
-    width = ant_slices(world)["local"].stop  # of an observation
-    obs = np.zeros((count, world.limit + 1, width), dtype=np.float32)
-    data = AntEpisodes(
-        obs=obs,
-        actions=np.zeros((count, world.limit, 8), dtype=np.float32),
-        goal=np.full((count, world.limit), -1, dtype=np.int64),
-        mask=np.zeros((count, world.limit), dtype=bool),
-        task=np.zeros(count, dtype=np.int64),
-        colours=np.zeros((count, world.colours), dtype=np.int64),
-        walls=np.zeros((count, world.walls), dtype=np.int64),
-        asked=obs[:, :-1],
-    )
-    options = rng, noise, displace, on_colour, steps or world.limit, steps is not None, threads
-    unsolvable, made, tried, succeeded = [], 0, 0, 0
-    while made < count:
-        if tried > 1000 and not made:
-            raise ValueError(f"the expert failed in all of {tried} episodes: less noise, or a longer limit")
-        trials = min(chunk, int(1.1 * (count - made)) + 4)  # a few more than needed: some will fail
-        part, success, share = _ant_expert_chunk(world, tasks, trials, *options)
-        kept = np.flatnonzero(success)[: count - made]
-        for whole, some in zip(data, part):
-            whole[made : made + len(kept), ...] = some[kept]
-        unsolvable.append(share)
-        made, tried, succeeded = made + len(kept), tried + len(success), succeeded + int(success.sum())
-    return data.take(slice(None)), float(np.mean(unsolvable)), succeeded / tried
-
-
-def _ant_expert_chunk(world, tasks, count, rng, noise, displace, on_colour, steps, unfinished, threads):
-    layout, task, field, share = solvable_layouts(world, tasks, count, rng)
-    padded, lengths = pad_tasks(tasks)
-    batch = AntBatch(world, layout, (padded[task], lengths[task]), rng, threads=threads)
-    route = ant_routes(field, rng)
-    moved = np.flatnonzero(rng.random(count) < on_colour)
-    _displace(batch, field, np.arange(count), moved, _one_of(batch.colours[moved], rng), rng)
-    first = batch.observe()
-    obs = np.zeros((count, world.limit + 1, first.shape[1]), dtype=np.float32)
-    obs[:, 0] = first
-    actions = np.zeros((count, world.limit, 8), dtype=np.float32)
-    goal = np.full((count, world.limit), -1, dtype=np.int64)
-    alive, success = np.arange(count), np.zeros(count, dtype=bool)
-    for t in range(steps):
-        torques = ant_expert(batch, route, alive)
-        actions[alive, t], goal[alive, t] = torques, batch.goal()
-        _, reward, done = batch.step(torques + noise * rng.standard_normal(torques.shape))
-        if displace:
-            moved = np.flatnonzero(~done & (rng.random(len(done)) < displace))
-            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
-        obs[alive, t + 1] = batch.observe()
-        success[alive[reward > 0]] = True
-        alive = alive[~done]
-        batch.select(~done)
-        if not len(alive):
-            break
-    success[alive] = unfinished
-    episodes = AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls, obs[:, :-1])
-    return episodes, success, share
-
-
-STRIDE = 40  # control steps between two steps of a spliced trajectory
-STRIDE_LENGTH = 0.02 * STRIDE  # metres, +-50 %: at most to the next cell's centre and a little on
-
-
-def ant_strides(count: int, rng: np.random.Generator, noise: float, threads: int = 1) -> np.ndarray:
-    """Moments of walking ants for `ant_spliced_episodes`: states (count, 30), turned so that all walk along x.
+@functools.cache
+def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
+    """Moments of walking ants for spliced trajectories: states (count, 30), turned so that all walk along x.
 
     256 ants trot on an empty plane, with torque noise of this deviation, in a direction that drifts and every 20th
     step turns by a quarter or a half; every 4th step is kept, also those in which an ant has just begun to turn.
-    Each ant starts anew after 200 steps on average, or when it has fallen.
+    Each ant starts anew after 200 steps on average, or when it has fallen. The same for every seed.
     """
-    layout = sample_layouts(ANT, 256, rng)
+    rng, world = np.random.default_rng(10**9), WORLDS["ant"]
+    layout = sample_layouts(world, 256, rng)
 
     def start() -> AntBatch:
-        return AntBatch(ANT, layout, [ANT.post] * 256, rng)
+        return AntBatch(world, layout, pad_tasks([world.post] * 256), rng)
 
     batch, kept, made, t = start(), [], 0, 0
     direction = rng.uniform(-np.pi, np.pi, 256)
@@ -1056,9 +799,9 @@ def ant_strides(count: int, rng: np.random.Generator, noise: float, threads: int
         turns = rng.choice([np.pi / 2, -np.pi / 2, np.pi], 256) * (rng.random(256) < 1 / 20)
         direction = direction + turns + 0.03 * rng.standard_normal(256)
         torques = trot(batch.state, direction) + noise * rng.standard_normal((256, 8))
-        batch.state = ant_simulate(batch.state, torques, threads)
+        batch.state = ant_simulate(batch.state, torques)
         height = batch.state[:, HEIGHT]
-        fallen = (height < ANT_HEIGHT[0]) | (height > ANT_HEIGHT[1]) | ~batch.upright()
+        fallen = (height < LOWEST) | (height > HIGHEST) | ~batch.upright()
         anew = fallen | (rng.random(256) < 1 / 200)
         if anew.any():
             batch.state[anew] = start().state[anew]
@@ -1080,93 +823,124 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return turned
 
 
-def ant_spliced_episodes(
-    world: TaskSet, tasks, count: int, steps: int, strides: np.ndarray, rng,
-    displace=0.0, on_colour=0.0, elsewhere=0.0, short=0.0, pause=0.0, whole=False,
-) -> AntEpisodes:  # fmt: skip
-    """`count` trajectories in time-lapse, without simulation: at most `steps` decisions, `STRIDE` steps apart.
+@dataclass(frozen=True)
+class AntWorld(World):
+    """Ant pinpad. An observation is F = 31 + 2 (O + W) numbers, the parts of `parts` in that order."""
 
-    Between two decisions the ant moves a stride's length on its way; how its body is moving then is one of `strides`
-    (of `ant_strides`), turned anyhow. The recorded torques are the expert's for the place and the body. So the body
-    tells nothing of where to go: who clones a simulated trajectory learns from the velocity to go on as before, and
-    has no use for the goal. With chance `displace` the ant is then put somewhere else.
-    on_colour: share of episodes that start on a colour. elsewhere: share of the actions for which the expert is asked
-    as if the ant stood in another cell, on its way to the same goal (`asked`); the trajectory does not notice.
-    short: share of episodes whose steps are 1/20 to 1/2 of a stride, the same throughout an episode, with as many
-    jumps to the metre: a model that never saw itself creep does not know that it has set out, and hesitates.
-    pause: chance per decision to move a tenth of it only, so that the ant often still stands where it has visited.
-    whole: drop what comes after the last visit, if there is one: nobody can tell where an ant goes before it arrives.
-    """
-    layout, task, field, _ = solvable_layouts(world, tasks, count, rng)
-    padded, lengths = pad_tasks(tasks)
-    batch = AntBatch(world, layout, (padded[task], lengths[task]), rng)
-    route, alive = ant_routes(field, rng), np.arange(count)
-    moved = np.flatnonzero(rng.random(count) < on_colour)
-    _displace(batch, field, alive, moved, _one_of(batch.colours[moved], rng), rng)
-    obs = np.zeros((count, steps + 1, ant_slices(world)["local"].stop), dtype=np.float32)
-    actions = np.zeros((count, steps, 8), dtype=np.float32)
-    goal = np.full((count, steps), -1, dtype=np.int64)
-    last = np.full(count, steps)  # steps up to the last visit
-    asked = np.zeros_like(obs[:, 1:]) if elsewhere else obs[:, :-1]
-    scale = np.ones(count)
-    if short:
-        scale = np.where(rng.random(count) < short, 0.5 * 10.0 ** -rng.random(count), 1.0)
-    stray = np.where(scale < 1, 0.1 * np.sqrt(scale), 0.02)  # creeping, the base will hardly keep to the track
-    obs[:, 0] = batch.observe()
-    for t in range(steps):
-        way = ant_direction(batch, route, alive)
-        goal[alive, t] = batch.goal()
-        if not elsewhere:
-            actions[alive, t] = trot(batch.state, way)
-        else:
-            here = batch.state[:, XY].copy(), batch.cell.copy()
-            moved = np.flatnonzero(rng.random(len(alive)) < elsewhere)
-            _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
-            asked[alive, t] = batch.observe()
-            actions[alive, t] = trot(batch.state, ant_direction(batch, route, alive))
-            batch.state[:, XY], batch.cell = here
-        length = STRIDE_LENGTH * rng.uniform(0.5, 1.5, len(alive)) * scale[alive]
-        if pause:
-            length *= np.where(rng.random(len(alive)) < pause, 0.1, 1.0)
-        xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
-        xy = (xy + stray[alive, None] * rng.standard_normal(xy.shape)).clip(0.01 - batch._half, batch._half - 0.01)
-        cell = batch._cell_of(xy)
-        content = np.where(cell != batch.cell, batch.content[batch._rows, cell], -1)
-        visit = (content >= 0) & (content == batch.goal())
-        slipped = (content >= 0) & ~visit  # over a corner: it stays where it was
-        xy[slipped], cell[slipped] = batch.state[slipped, XY], batch.cell[slipped]
-        body = strides[rng.integers(len(strides), size=len(alive))]
-        batch.state = rotate_ant(body, rng.uniform(-np.pi, np.pi, len(alive)))
-        batch.state[:, XY], batch.cell = xy, cell
-        batch.stage += visit
-        last[alive[visit]] = t + 1
-        done = batch.stage == batch.lengths
-        moved = np.flatnonzero(~visit & (rng.random(len(alive)) < displace * scale[alive]))
-        _displace(batch, field, alive, moved, rng.integers(world.size**2, size=len(moved)), rng)
-        obs[alive, t + 1] = batch.observe()
-        alive = alive[~done]
-        batch.select(~done)
-        if not len(alive):
-            break
-    if whole:
-        beyond = np.arange(steps) >= last[:, None]
-        goal[beyond], actions[beyond], asked[beyond], obs[:, 1:][beyond] = -1, 0, 0, 0
-    return AntEpisodes(obs, actions, goal, goal >= 0, task, layout.colours, layout.walls, asked)
+    spliced: bool = True  # training episodes are made of decisions a stride apart, not simulated (departure)
+    decisions: int = 24  # of a spliced episode, at most
+    noise: float = 0.05  # deviation of the noise on the torques while the expert walks
+
+    kind = "ant"
+    tolerance = 5
+
+    @functools.cached_property
+    def centres(self) -> np.ndarray:
+        """x and y of the centre of every cell, metres, (G*G, 2)."""
+        row, column = np.divmod(np.arange(self.size**2), self.size)
+        return CELL * np.stack([column - (self.size - 1) / 2, (self.size - 1) / 2 - row], axis=1)
+
+    @property
+    def half(self) -> float:
+        """Half the width of the grid, metres."""
+        return self.size * CELL / 2
+
+    @functools.cached_property
+    def parts(self) -> dict[str, slice]:
+        """Where each part of the observation lies; `AntPinpad` says what the parts are."""
+        things = 2 * (self.colours + self.walls)
+        sizes = {"height": 1, "orientation": 4, "joints": 8, "velocity": 14, "xy": 2, "things": things, "local": 2}
+        ends = np.cumsum([0, *sizes.values()]).tolist()
+        return {name: slice(start, end) for name, start, end in zip(sizes, ends[:-1], ends[1:])}
+
+    def cell_of(self, xy: np.ndarray) -> np.ndarray:
+        """The cell of a place, or the nearest one off the grid, (B, 2) -> (B,)."""
+        column, row = np.clip((self.half + xy * (1, -1)) // CELL, 0, self.size - 1).astype(np.int64).T
+        return row * self.size + column
+
+    def start(self, layout: Layout, tasks, rng, roam=False) -> AntBatch:
+        return AntBatch(self, layout, tasks, rng, roam)
+
+    def plan(self, field: np.ndarray, rng) -> np.ndarray:
+        return ant_routes(field, rng)
+
+    def expert(self, batch: AntBatch, route, alive, rng):
+        """Trots to the centre of the next cell -> targets (B, 8), the same torques with noise (B, 8)."""
+        torques = trot(batch.state, ant_direction(batch, route, alive))
+        return torques, torques + self.noise * rng.standard_normal(torques.shape)
+
+    def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
+        return self._splice(count, rng) if self.spliced else super().episodes(count, rng)
+
+    def _splice(self, count: int, rng) -> Episodes:
+        """Trajectories without simulation: one decision for each stride or part of a stride.
+
+        Between two decisions the ant moves on its way, often only a little; how its body moves then is one of
+        `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is
+        drawn at random, so it carries no hint about the goal. Without this the model copies its current velocity and
+        ignores the goal (imitation learning's copycat problem). What comes after the last visit is cut off: nobody can
+        tell where an ant goes before it arrives.
+        """
+        T, strides = self.decisions, ant_strides(self.noise)
+        layout, tasks, field, _ = solvable_layouts(self, self.pretrain, count, rng)
+        batch, route, alive = self.start(layout, tasks, rng), ant_routes(field, rng), np.arange(count)
+        batch.jump(0.5 * (self.jumps > 0), field, alive, rng, layout.colours)
+        obs = np.zeros((count, T + 1, self.parts["local"].stop), dtype=np.float32)
+        target = np.zeros((count, T, 8), dtype=np.float32)
+        goal, last = np.full((count, T), -1), np.full(count, T)  # steps up to the last visit
+        obs[:, 0] = batch.observe()
+        for t in range(T):
+            way = ant_direction(batch, route, alive)
+            goal[alive, t], target[alive, t] = batch.goal(), trot(batch.state, way)
+            length = 1.5 * STRIDE_LENGTH * rng.random(len(alive)) ** 2
+            xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
+            xy = (xy + 0.04 * rng.standard_normal(xy.shape)).clip(0.01 - self.half, self.half - 0.01)
+            content = batch.content[batch.rows, self.cell_of(xy)]
+            slipped = (content >= 0) & (content != batch.goal()) & (self.cell_of(xy) != batch.cell)
+            xy = np.where(slipped[:, None], batch.state[:, XY], xy)  # over a corner: it stays where it was
+            body = strides[rng.integers(len(strides), size=len(alive))]
+            batch.state = rotate_ant(body, rng.uniform(-np.pi, np.pi, len(alive)))
+            batch.state[:, XY] = xy
+            visited, _, done = batch.arrive(self.cell_of(xy))
+            last[alive[visited >= 0]] = t + 1
+            # A landing on a colour would look like a visit, and here there are many landings: only on free cells.
+            free = one_of(batch.content < 0, rng)[:, None]
+            batch.jump(self.jumps * (visited < 0), field, alive, rng, free)
+            obs[alive, t + 1] = batch.observe()
+            alive = alive[~done]
+            batch.select(~done)
+            if not len(alive):
+                break
+        beyond = np.arange(T) >= last[:, None]
+        goal[beyond], target[beyond], obs[:, 1:][beyond] = -1, 0, 0
+        return Episodes(obs, target, goal, goal >= 0)
+
+    def floor(self, episodes: Episodes) -> float:
+        """Loss of the best possible predictor: not known here, 0."""
+        return 0.0
+
+    def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
+        """Each episode turned or reflected, without the body: nothing for a code to be relative to, (N, T, F)."""
+        turns, flips = 1j ** rng.integers(4, size=len(obs))[:, None, None], rng.random((len(obs), 1, 1)) < 0.5
+        plane = slice(self.parts["xy"].start, None)  # pairs x, y, as complex numbers
+        xy = np.ascontiguousarray(obs[..., plane]).view(np.complex64) * turns
+        view = np.zeros_like(obs)
+        view[..., plane] = np.where(flips, xy.conj(), xy).astype(np.complex64).view(np.float32)
+        return view
+
+    def entries(self, obs: np.ndarray) -> np.ndarray:
+        """Steps that lead into another cell, and the first, (N, T)."""
+        cell = np.floor(self.places(obs)[..., -1, :]).clip(0, self.size - 1)  # off the grid the nearest cell counts
+        return np.append(np.ones((len(obs), 1), bool), (cell[:, 1:] != cell[:, :-1]).any(axis=-1), axis=1)
+
+    def places(self, obs: np.ndarray) -> np.ndarray:
+        """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
+        xy, things = obs[..., None, self.parts["xy"]], obs[..., self.parts["things"]]
+        things = xy + things.reshape(*things.shape[:-1], -1, 2)
+        return (1 + np.concatenate([things, xy], axis=-2) * (1, -1)) * self.size / 2
 
 
-def make_batch(world: TaskSet, layout: Layout, tasks, rng: np.random.Generator, roam=False, threads=1):
-    """Episodes of either kind of world that step together: `GridBatch` or `AntBatch`."""
-    if world.ant:
-        return AntBatch(world, layout, tasks, rng, roam, threads)
-    return GridBatch(world, layout, tasks, roam)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The ant's Gymnasium environment
-# ----------------------------------------------------------------------------------------------------
-
-
-class AntPinpad(gym.Env):
+class AntPinpad(PinpadEnv):
     """Ant pinpad: visit the colours of a hidden task in order, as MuJoCo's four-legged ant.
 
     ## Description
@@ -1180,7 +954,7 @@ class AntPinpad(gym.Env):
     ## Observation
     Box, (31 + 2 (colours + walls),) float32; 41 numbers by default. n is colours + walls:
 
-    | index | part (`ant_slices`) | meaning |
+    | index | part (`AntWorld.parts`) | meaning |
     |---|---|---|
     | 0 | height | symlog of the torso's z |
     | 1 .. 4 | orientation | symlog of the torso's quaternion w, x, y, z |
@@ -1213,51 +987,30 @@ class AntPinpad(gym.Env):
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 20}
 
     def __init__(self, size=4, colours=4, walls=1, limit=500, task=None, render_mode=None):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
-        task = ANT.post if task is None else tuple(task)
-        self.world = TaskSet(size, colours, walls, limit, tuple((c,) for c in range(colours)), (task,), task)
-        self.render_mode = render_mode
+        task = WORLDS["ant"].post if task is None else tuple(task)
+        singles = tuple((c,) for c in range(colours))
+        super().__init__(AntWorld(size, colours, walls, limit, singles, (task,), task), render_mode)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
-        # No number gets larger: the largest are those of an ant ANT_LARGEST metres off the grid, in half cells.
-        bound = 2 * ANT_LARGEST / ANT_CELL
-        self.observation_space = gym.spaces.Box(-bound, bound, (ant_slices(self.world)["local"].stop,), np.float32)
-        self._batch: AntBatch | None = None
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if (options or {}).get("solvable"):
-            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
-        else:
-            layout = sample_layouts(self.world, 1, self.np_random)
-        self._batch = AntBatch(self.world, layout, [self.world.post], self.np_random)
-        return self._batch.observe()[0], self._info()
+        # No number gets larger: the largest are those of an ant LARGEST metres off the grid, in half cells.
+        bound, width = 2 * LARGEST / CELL, self.world.parts["local"].stop
+        self.observation_space = gym.spaces.Box(-bound, bound, (width,), np.float32)
 
     def step(self, action):
         if np.shape(action) != (8,):
             raise ValueError(f"action={action!r} must be 8 torques")
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        _, reward, done = self._batch.step(np.asarray(action)[None])
-        return self._batch.observe()[0], float(reward[0]), bool(done[0]), False, self._info()
+        return super().step(action)
 
-    def render(self):
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before render()")
-        if self.render_mode == "ansi":
-            return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
-        if self.render_mode == "rgb_array":
-            return ant_picture(self.world, self._batch.content[0], self._batch.state[0])
-        return None
+    def _observation(self) -> np.ndarray:
+        return self._batch.observe()[0]
 
-    def _info(self) -> dict:
-        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
+    def _picture(self) -> np.ndarray:
+        return ant_picture(self.world, self._batch.content[0], self._batch.state[0])
 
 
-def ant_picture(world: TaskSet, content: np.ndarray, state: np.ndarray, scale: int = 48) -> np.ndarray:
+def ant_picture(world: World, content: np.ndarray, state: np.ndarray, scale: int = 48) -> np.ndarray:
     """The cells seen from above with the ant as drawn discs: torso, and knee and foot of each leg; state (30,)."""
     picture = cell_picture(world, content, scale)
-    metres = (np.arange(world.size * scale) + 0.5) / scale * ANT_CELL - world.size * ANT_CELL / 2
+    metres = (np.arange(world.size * scale) + 0.5) / scale * CELL - world.size * CELL / 2
     hip, ankle = state[JOINTS].reshape(4, 2).T
     # The plane as complex numbers; ant.xml's legs: torso to hip, hip to ankle, twice that from ankle to foot.
     towards = np.hypot(0.2, 0.2) * np.exp(1j * (LEG_AZIMUTH + yaw_of(state)))
@@ -1271,4 +1024,33 @@ def ant_picture(world: TaskSet, content: np.ndarray, state: np.ndarray, scale: i
     return picture
 
 
+# ----------------------------------------------------------------------------------------------------
+# The worlds (paper: Tables A1 and A2). No subgoal transition of a post-training task is in its pretraining tasks.
+# ----------------------------------------------------------------------------------------------------
+
+
+def parse_tasks(text: str) -> tuple[tuple[int, ...], ...]:
+    """'0-1-4-5 2-3-0-1' -> ((0, 1, 4, 5), (2, 3, 0, 1))."""
+    return tuple(tuple(int(colour) for colour in task.split("-")) for task in text.split())
+
+
+PAIRS, SINGLES = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0,), (1,), (2,), (3,))
+TABLE_A1 = parse_tasks(
+    "0-1-4-5-0-1 0-1-4-5-2-3 0-1-6-7-2-3 2-3-0-1-4-5 2-3-6-7-2-3 2-3-6-7-4-5 4-5-0-1-4-5 4-5-0-1-6-7 "
+    "4-5-2-3-6-7 6-7-2-3-0-1 6-7-2-3-6-7 6-7-4-5-0-1 0-1-6-7-4-5 2-3-0-1-6-7 4-5-2-3-0-1 6-7-4-5-2-3"
+)
+TABLE_A2 = parse_tasks(
+    "0-3-2 1-0-3 2-1-0 3-2-1 0-2-0 0-2-1 0-3-1 1-0-2 1-3-1 1-3-2 2-0-2 2-0-3 2-1-3 3-1-0 3-1-3 3-2-0"
+)
+WORLDS = {
+    # The paper's grid.
+    "paper": GridWorld(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
+    # A small grid of the same kind with the paper's ant tasks: single colours as subgoals.
+    "small": GridWorld(5, 4, 1, 100, SINGLES, TABLE_A2, (0, 1, 2, 3, 0, 1)),
+    # The paper's ant; `ant-simulated` learns from simulated trajectories, as in the paper.
+    "ant": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3)),
+    "ant-simulated": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3), spliced=False),
+}
+
+gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)
 gym.register(id="InternalRL/AntPinpad-v0", entry_point=AntPinpad, nondeterministic=False)

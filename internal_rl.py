@@ -2,38 +2,46 @@
 
     python internal_rl.py --env grid                      # preset `classroom`: everything, from nothing
     python internal_rl.py --env grid --preset laptop      # the paper's 7x7 task, a model sized for a CPU
+    python internal_rl.py --env ant                       # the paper's ant
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
 Three phases, in the order of this file:
 
-1. pretrain   A causal *base model* learns to predict the next action of unlabelled expert trajectories. It is
-              then frozen for good.
-2. discover   A *metacontroller* that sees the whole trajectory (it is non-causal) learns to steer the base's
-              residual stream with linear controllers, each held until a learned gate ends it.
-3. rl         A causal policy replaces the metacontroller's encoder. Its actions are controllers, one per
-              opening of the gate, and it learns a longer task from one sparse reward at the very end.
+    1. pretrain: the base model learns to predict the actions of experts whose goals are hidden. Then it is frozen.
 
-A run prints the base's distance to the Bayes floor, how well ground-truth controllers steer it, a raster of
-true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes checkpoints,
+       observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
+
+    2. discover: the metacontroller learns to steer the frozen base. It sees the whole episode, mirrored.
+
+       episode, mirrored -> [encoder] -> proposal z~_t
+                                             |
+       residual e_t -> [gate] beta_t = 1: adopt the proposal, 0: keep the code -> code z_t -> [decoder] -> U_t
+                                                                                                            |
+       observation o_t -> [lower blocks] -> residual e_t ----------------- e_t + U_t e_t -> [upper blocks] -> a_t
+
+    3. rl: a causal policy takes the encoder's place. Its actions are codes, one for each opening of the gate, and it
+       learns a longer task from one reward at the very end. Everything else is frozen.
+
+       residual e_t, where the gate opens -> [policy] -> code z, held until the gate opens again
+
+A run prints how far the base is from the best possible predictor, how well ground-truth controllers steer it, a raster
+of true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes checkpoints,
 metrics.csv, config.json, results.json and three figures to --out. Run it again to resume after an interruption.
 
-Glossary (B episodes, T steps, D width of the residual stream, Z size of a code, R rank of a controller)
+Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z size of a code, R rank)
 
-    here              paper    shape        meaning                                                  where
-    residual          e_t      (B, T, D)    residual stream of the base after block `control_block`  Eq. 1
-    history           h_t      (B, T, H)    GRU over e_1..e_t                                         App. D.2
-    summary           s        (B, T, S)    embedding of the future, read backwards in time           App. D.2
-    mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the code proposal             Eq. 11-18
-    proposal          z~_t     (B, T, Z)    sample of that Gaussian                                   App. D.2
-    gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                   Eq. 2
-    code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                    Eq. 2
-    controller        U_t      2 (B,T,R,D)  low-rank factors: U = out^T inn                           Eq. 3
-    kl_weight         alpha    scalar       price of a nat of code                                    Eq. 3
+    here              paper    shape        meaning                                                    where
+    residual          e_t      (B, T, D)    residual stream of the base after block `control_block`    Eq. 1
+    history           h_t      (B, T, H)    GRU over e_1..e_t                                          App. D.2
+    summary           s        (B, S)       embedding of the whole (mirrored) episode                  App. D.2
+    mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the code proposal              Eq. 11-18
+    proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
+    gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
+    code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
+    controller        U_t      2 (B,T,R,D)  low-rank factors: U = out^T inn                            Eq. 3
+    kl_weight         alpha    scalar       price of a nat of code                                     Eq. 3
 
-Simplified or changed on purpose (README, "Departures from the paper", has the ablations): observations are
-written relative to the agent; the base's targets are the expert's action probabilities; the encoder reads a
-*mirrored* copy of the episode; a switch gives the base a fresh start; the summary is read backwards instead of
-being one vector; the control is centred and sits early in the network.
+What differs from the paper on purpose is marked "departure" in `Config`; README, "Departures", says what it is worth.
 """
 
 from __future__ import annotations
@@ -45,7 +53,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -56,7 +63,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import envs
 
@@ -65,244 +71,120 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-class Failure(Exception):
-    """A run that cannot go on: printed as one line. `status` 2 is bad input, 1 a failed run."""
-
-    def __init__(self, message: str, status: int = 2):
-        super().__init__(message)
-        self.status = status
+# What the kinds of fields below may hold: least and most.
+Count = Steps = int
+Chance = Weight = Rate = float
+BOUNDS = {"Count": (1, 10**12), "Steps": (0, 10**12), "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6)}
+CHOICES = {"world": envs.WORLDS, "block": ("transformer", "hawk"), "memory": ("segment", "none", "full")}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Comments: meaning (source)."""
+    """Everything that decides a run. Comments: meaning (source); the defaults are the preset `classroom`."""
 
-    # task
-    world: str = "small"  # task set in envs.TASK_SETS (paper: App. A; small: ours)
-    eval_episodes: int = 1024  # held-out episodes and post-training rollouts
+    # task and evaluation
+    world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
+    eval_episodes: Count = 1024  # held-out episodes and post-training rollouts
     # base model (paper: App. C.1, D.1)
-    block: str = "hawk"  # hawk | transformer (paper: transformer on the grid, Hawk on the ant)
-    layers: int = 4  # blocks (paper: 6)
-    dim: int = 96  # D, width of the residual stream (paper: n_e = 256)
-    heads: int = 4  # attention heads, transformer only (paper)
-    mlp: int = 512  # hidden units of each MLP (paper: 512)
-    gated_mlp: bool = True  # SwiGLU instead of ReLU (ours)
-    relative_obs: bool = True  # objects at their offset from the agent, not at their cell (ours)
-    init_scale: float = 0.33  # variance of initial weights x fan-in (paper: 0.1)
-    control_block: int = 1  # the controller acts after this many blocks (paper: layers / 2)
+    block: str = "transformer"  # (paper: transformer on the grid, Hawk on the ant)
+    layers: Count = 4  # blocks (paper: 6; ant: 8)
+    dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
+    heads: Count = 4  # attention heads (paper)
+    mlp: Count = 256  # hidden units of each MLP (paper: 512)
+    gated_mlp: bool = True  # departure: SwiGLU instead of ReLU
+    relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
+    init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
+    control_block: Steps = 2  # the controller acts after this many blocks (paper: layers / 2)
+    memory: str = "segment"  # departure: what the steered base remembers (paper: full)
     # phase 1: pretrain
-    pretrain_steps: int = 2700  # (paper: 256,000)
-    pretrain_batch: int = 128  # episodes (paper: 1024)
-    pretrain_lr: float = 6e-3  # peak, cosine to 0.02 of it (paper: 3e-4 constant)
-    pretrain_muon: bool = True  # Muon for the blocks' matrices, AdamW for the rest (paper: AdamW)
-    weight_decay: float = 0.03  # in phase 1 (paper: in phase 2 too)
-    obs_loss: float = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01)
-    soft_targets: bool = True  # the expert's probabilities, not its sampled action, as target (ours)
-    noise: float = 0.0  # eps, random expert actions in phase 1 (paper); ant: deviation of torque noise (ours)
-    displace: float = 0.1  # chance per step of a jump to a random cell, in phases 1 and 2 (ours)
-    on_colour: float = 0.5  # share of episodes that start on a colour, in phases 1 and 2 (ours)
-    ant_steps: int = 16  # training episodes of the ant are cut after this many decisions, finished or not (ours)
-    ant_spliced: float = 1.0  # share of its batches that are spliced from strides, not simulated (ours)
-    ant_short: float = 0.0  # share of spliced episodes of phase 1 with short steps (ours)
-    forget: tuple[float, ...] = (0.0, 0.0, 1.0)  # per episode: chance per step to lose all memory (ours)
-    memory: str = "segment"  # of the steered base: none | segment (since the last switch) | full (paper)
-    # controllers
-    rank: int = 16  # of the controller (paper: 16 on the grid)
-    centred: bool = True  # U acts on e_t minus its mean, so that it cannot write a constant (ours)
+    pretrain_steps: Steps = 3000  # (paper: 256,000)
+    pretrain_batch: Count = 128  # episodes (paper: 1024)
+    pretrain_lr: Rate = 6e-3  # peak (paper: 3e-4)
+    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
+    obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
+    soft_targets: bool = True  # departure: the expert's probabilities, not its sampled action, as target
+    jumps: Chance = 0.1  # departure: chance per step to go on elsewhere; half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
-    steer_steps: int = 700  # (ours)
-    steer_batch: int = 64  # episodes (ours)
-    steer_lr: float = 5e-3  # peak, cosine (ours)
-    elsewhere: float = 0.0  # ant, and in phase 2: no jumps, but this share of actions is the expert's elsewhere (ours)
-    # metacontroller (paper: App. D.2, Table of sizes)
-    history_dim: int = 32  # n_h (paper)
-    summary_dim: int = 32  # n_s (paper)
-    encoder_hidden: int = 64  # (paper)
-    code_dim: int = 8  # n_z (paper)
-    decoder_hidden: int = 32  # (paper)
-    smooth_decoder: bool = False  # SiLU in the decoder, where ReLUs die before there are codes to decode (ours, ant)
-    summary: str = "backward"  # backward: s_t embeds o_t..o_T | whole: one s for the episode (paper)
-    # phase 2: discover
-    mirror: bool = True  # the encoder sees a rotated or reflected copy of the episode (ours)
-    discover_steps: int = 2000  # (paper: 64,000)
-    discover_batch: int = 64  # (paper: 512)
-    discover_lr: float = 6e-3  # peak, cosine (paper: 1e-3 constant)
-    kl_weight: float = 0.1  # alpha (paper: searched in 0 .. 1)
-    kl_ramp: tuple[int, ...] = (100, 500)  # alpha grows linearly from 0 between these steps (ours)
-    kl_at_switches: bool = False  # the KL is charged where the gate opens, not at every step (ours, ant)
-    ant_whole: int = 0  # decisions of spliced episodes in phase 2, which end with a visit; 0: as in phase 1 (ours)
-    ant_pause: float = 0.0  # chance per spliced decision of phase 2 to hardly move (ours)
-    discover_blind: int = 1500  # first steps of phase 2, in which the base has no memory at all (ours)
-    discover_held: int = 2000  # until here the gate does not learn from memory, and codes are held (ours)
-    hold: int = 0  # a held code serves at least n steps, n ~ U{0..hold} drawn per episode (ours)
-    gate_bias: float = 0.0  # initial bias of the switching unit's logit (not given in the paper)
-    # acting with codes: random ones after phase 2, chosen ones in phase 3
-    rl_temperature: float = 0.3  # of the base's actions in internal RL (paper: 1)
-    rl_threshold: float = 0.5  # the gate opens above this (paper; ant: ours)
-    random_episodes: int = 49_152  # rollouts of random codes, to measure a success of order 1e-4
-    # phase 3: internal RL (paper: App. C.5)
-    rl_episodes: int = 100_000  # (paper: up to 100,000 x 1024)
-    rl_batch: int = 1024  # episodes per update (paper)
-    rl_decisions: int = 12  # learn from an episode's first n switches; few lost episodes have more (ours)
-    rl_lr: float = 1e-3  # Adam (paper: 3e-5)
-    rl_std_lr: float = 5e-3  # Adam, of the policy's standard deviation (ours)
-    rl_anneal: bool = False  # the rate falls linearly to 0, that of the standard deviation rises from 0 (ours, ant)
-    rl_epochs: int = 4  # passes over a batch
-    rl_minibatches: int = 4  # updates per pass
-    rl_clip: float = 0.2  # PPO clip of the ratio (paper)
-    rl_lambda: float = 1.0  # of the advantage; below 1 with a critic (paper: no critic; below 1: ours, ant)
-    policy_dim: int = 64  # width of the one-block recurrent policy (paper: 256)
-    policy_std: float = 1.0  # initial standard deviation, that of the codes' prior
-    raw_lr: float = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
-    raw_failures: int = 100_000  # it learns from all successes of a batch, and from this many failures at most (ours)
+    discover_batch: Count = 64  # episodes, here and in phase 2 (paper: 512)
+    rank: Count = 16  # of the controllers (paper: 16 on the grid)
+    steer_steps: Steps = 700  # (ours)
+    steer_lr: Rate = 5e-3  # peak, cosine (ours)
+    # phase 2: discover (paper: App. D.2, Table of sizes)
+    history_dim: Count = 32  # n_h (paper)
+    summary_dim: Count = 32  # n_s (paper)
+    encoder_hidden: Count = 64  # (paper)
+    code_dim: Count = 8  # n_z (paper)
+    decoder_hidden: Count = 32  # (paper)
+    mirror: bool = True  # departure: the encoder sees a rotated or reflected copy of the episode
+    blind_steps: Steps = 3000  # departure: first steps, in which the steered base has no memory at all
+    discover_steps: Steps = 4000  # (paper: 64,000)
+    discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
+    kl_warmup: Steps = 700  # departure: alpha is 0 for this many steps, and grows during as many more
+    kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
+    kl_at_switches: bool = False  # departure of the ant alone: the KL is charged in so far as the gate opens
+    random_episodes: Count = 49_152  # rollouts of random codes, to measure a success of order 1e-4
+    # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
+    temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
+    threshold: Chance = 0.5  # the gate opens above this (paper)
+    rl_episodes: Steps = 50_000  # (paper: up to 100,000 x 1024)
+    rl_batch: Count = 1024  # episodes per update (paper)
+    rl_lr: Rate = 1e-3  # Adam (paper: 3e-5)
+    rl_epochs: Count = 4  # passes over a batch
+    rl_minibatches: Count = 4  # updates per pass
+    policy_dim: Count = 64  # width of the one-block recurrent policy (paper: 256)
+    raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
 CLASSROOM = Config()
 PAPER = replace(
-    CLASSROOM, world="paper", block="transformer", layers=6, dim=256, mlp=512, gated_mlp=False,
-    relative_obs=False, init_scale=0.1, control_block=3, centred=False, pretrain_steps=256_000,
-    pretrain_batch=1024, pretrain_lr=3e-4, pretrain_muon=False, obs_loss=0.01, soft_targets=False,
-    displace=0.0, on_colour=0.0, forget=(0.0,), summary="whole", mirror=False, memory="full",
-    discover_steps=64_000, discover_batch=512, discover_lr=1e-3, discover_blind=0, discover_held=0,
-    kl_weight=0.17, kl_ramp=(0, 1), rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1,
-    policy_dim=256, raw_lr=3e-5,
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated_mlp=False, relative_obs=False, init_scale=0.1,
+    control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
+    obs_loss=0.01, soft_targets=False, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
+    discover_batch=512, discover_lr=1e-3, kl_warmup=0, kl_weight=0.17, temperature=1.0, rl_episodes=102_400_000,
+    rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
-GRID = {
-    "classroom": CLASSROOM,
-    "laptop": replace(
-        CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
-        discover_blind=800, discover_held=1300, hold=12, discover_steps=6500, discover_batch=32, discover_lr=3e-3,
-        kl_weight=0.05, kl_ramp=(300, 1300), rl_episodes=400_000, rl_batch=4096, random_episodes=65_536,
-    ),
-    "paper": PAPER,
+PRESETS = {
+    "grid": {
+        "classroom": CLASSROOM,
+        "laptop": replace(
+            CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
+            blind_steps=3000, discover_steps=6500, discover_batch=32, discover_lr=3e-3, kl_weight=0.05,
+            rl_episodes=250_000, rl_batch=4096, random_episodes=65_536,
+        ),
+        "paper": PAPER,
+    },
+    "ant": {
+        "classroom": replace(
+            CLASSROOM, world="ant", block="hawk", dim=128, memory="none", jumps=0.2, obs_loss=10.0,
+            pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
+            discover_lr=2e-3, kl_weight=0.9, kl_warmup=1000, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
+            eval_episodes=512, random_episodes=4096,
+        ),
+        "paper": replace(
+            PAPER, world="ant-simulated", block="hawk", layers=8, control_block=4, obs_loss=10.0,
+            pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128, discover_lr=3e-4,
+            rl_episodes=13_107_200, rl_batch=256,
+        ),
+    },
 }  # fmt: skip
-ANT = {
-    "classroom": replace(
-        CLASSROOM, world="ant", dim=128, control_block=0, noise=0.05, memory="none", displace=0.4, elsewhere=0.7,
-        ant_short=0.4, obs_loss=10.0, smooth_decoder=True, kl_at_switches=True, pretrain_steps=5000, pretrain_lr=5e-3,
-        steer_steps=1600, steer_lr=6e-3, discover_steps=4000, discover_lr=2e-3, discover_blind=0, discover_held=0,
-        ant_pause=0.4, ant_whole=24, kl_weight=0.9, kl_ramp=(300, 1500), rl_batch=256, rl_episodes=30_720,
-        rl_anneal=True, rl_lambda=0.2, rl_threshold=0.4, eval_episodes=512, random_episodes=4096, raw_failures=16,
-    ),
-    "paper": replace(
-        PAPER, world="ant", block="hawk", layers=8, control_block=4, obs_loss=10.0, ant_steps=500, ant_spliced=0.0,
-        pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128,
-        discover_lr=3e-4, rl_episodes=13_107_200, rl_batch=256,
-    ),
-}  # fmt: skip
-PRESETS = {"grid": GRID, "ant": ANT}
 FAST = {
-    "pretrain_steps": 30, "pretrain_batch": 32, "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
-    "discover_blind": 7, "discover_held": 14, "kl_ramp": (5, 10), "rl_episodes": 256, "rl_batch": 128,
-    "eval_episodes": 32, "random_episodes": 128, "layers": 2, "dim": 32, "mlp": 64, "control_block": 1,
-    "ant_steps": 8, "ant_whole": 8,
+    "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "kl_warmup": 5,
+    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16, "random_episodes": 64,
 }  # fmt: skip
 
 
-def check_config(c: Config) -> None:
-    """Raise Failure, naming the flag, unless the values of `c` make sense together."""
-    choices = {
-        "world": tuple(envs.TASK_SETS), "block": ("hawk", "transformer"),
-        "memory": ("none", "segment", "full"), "summary": ("backward", "whole"),
-    }  # fmt: skip
-    for name, allowed in choices.items():
-        if getattr(c, name) not in allowed:
-            raise Failure(f"--{name}={getattr(c, name)}: must be one of {', '.join(allowed)}")
-    for f in fields(c):
-        value = getattr(c, f.name)
-        may_be_zero = "control_block", "rl_episodes", "hold", "ant_whole", "discover_blind", "discover_held"
-        least = 0 if f.name.endswith("_steps") or f.name in may_be_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            raise Failure(f"--{f.name}={value}: must be at least {least}")
-        if isinstance(value, float) and not 0 <= value < math.inf and f.name != "gate_bias":
-            raise Failure(f"--{f.name}={value}: must be a finite number, not negative")
-    for name in ("noise", "displace", "on_colour"):
-        if not 0 <= getattr(c, name) < 1:
-            raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1)")
-    if not c.forget or not all(0 <= rate <= 1 for rate in c.forget):
-        raise Failure(f"--forget={c.forget}: must be probabilities, such as 0,0.5,1")
-    if len(c.kl_ramp) != 2 or c.kl_ramp[0] >= c.kl_ramp[1]:
-        raise Failure(f"--kl_ramp={c.kl_ramp}: must be two steps, first,last, the first the smaller")
-    if c.control_block > c.layers:
-        raise Failure(f"--control_block={c.control_block}: must be between 0 and --layers={c.layers}")
-    if c.dim % c.heads:
-        raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    for name in ("ant_spliced", "ant_short", "elsewhere", "ant_pause", "rl_lambda"):
-        if not 0 <= getattr(c, name) <= 1:
-            raise Failure(f"--{name}={getattr(c, name)}: must be in [0, 1]")
-    if c.elsewhere and not (envs.TASK_SETS[c.world].ant and c.ant_spliced == 1 and c.memory == "none"):
-        raise Failure(f"--elsewhere={c.elsewhere}: must be 0 but for the ant with --ant_spliced 1 and --memory none")
-    for name in ("rl_temperature", "policy_std", "init_scale"):
-        if getattr(c, name) <= 0:
-            raise Failure(f"--{name}={getattr(c, name)}: must be above 0")
-    if c.eval_episodes < 16:
-        raise Failure(f"--eval_episodes={c.eval_episodes}: must be at least 16")
-
-
 # ----------------------------------------------------------------------------------------------------
-# Base model (paper: App. C.1, D.1): two causal blocks that can be exchanged
+# Base model (paper: App. C.1, D.1)
 #
-# Every causal module maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with
-# the state carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything,
-# 0 nothing, step t starts afresh as an episode does; -1 nothing either, but the base can tell this from a start.
-# A state is a tuple of tensors with the batch first.
+# A causal sequence model: it reads the observations of an episode one after the other and predicts the expert's next
+# action. Between its blocks each step has a vector of D numbers, the residual stream, to which every block adds. The
+# lower blocks end where the controller will act on that vector.
+#
+# Every block maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with the state
+# carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 nothing, step
+# t starts afresh as an episode does. A state is a tuple of tensors with the batch first.
 # ----------------------------------------------------------------------------------------------------
-
-
-class LinearRecurrence(torch.autograd.Function):
-    """h_t = a_t h_t-1 + b_t for a, b (B, T, D) and h_0 (B, D).
-
-    A plain loop over time with a hand-written backward: autograd would keep a node per step, twice as slow.
-    """
-
-    @staticmethod
-    def forward(ctx, a, b, h0):
-        h, last = torch.empty_like(b), h0
-        for t in range(b.shape[1]):
-            last = torch.addcmul(b[:, t], a[:, t], last, out=h[:, t])
-        ctx.save_for_backward(a, h, h0)
-        return h
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, h, h0 = ctx.saved_tensors
-        db = grad.clone()  # dL/db_t = dL/dh_t in total = grad_t + a_t+1 dL/dh_t+1
-        for t in range(grad.shape[1] - 1, 0, -1):
-            db[:, t - 1].addcmul_(a[:, t], db[:, t])
-        before = torch.cat([h0[:, None], h[:, :-1]], dim=1)
-        return db * before, db, a[:, 0] * db[:, 0]
-
-
-class HawkMixer(nn.Module):
-    """Temporal mixing of Hawk: a gated linear recurrence (RG-LRU) behind a short convolution (here 2 taps)."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.inp = nn.Linear(c.dim, c.dim, bias=False)
-        self.branch = nn.Linear(c.dim, c.dim, bias=False)
-        self.taps = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
-        self.gates = nn.Linear(c.dim, 2 * c.dim)
-        self.start = nn.Parameter(torch.zeros(c.dim))  # the memory with which an episode starts
-        self.decay = nn.Parameter(torch.linspace(0.5, 4.6, c.dim))  # slowest a between 0.02 and 0.92 per step
-        self.out = nn.Linear(c.dim, c.dim, bias=False)
-
-    def initial(self, B: int):
-        start = self.start.repeat(B, 1)
-        return start, torch.zeros_like(start)
-
-    def forward(self, x, keep, state):
-        h0, u0 = state
-        keep = keep[..., None]
-        afresh, keep = (1 - keep) * (keep >= 0), keep.clamp_min(0)
-        u = self.inp(x)
-        u_before = torch.cat([u0[:, None], u[:, :-1]], dim=1)
-        v = self.taps[0] * u + self.taps[1] * keep * u_before
-        r, i = torch.sigmoid(self.gates(v)).chunk(2, dim=-1)
-        # a_t = sigmoid(decay)^(8 r_t);  h_t = a_t (keep_t h_t-1 + afresh_t start) + sqrt(1 - a_t^2) i_t v_t
-        a = torch.exp(8 * r * F.logsigmoid(self.decay))
-        b = torch.sqrt(1 - a * a + 1e-6) * i * v
-        h = LinearRecurrence.apply(keep * a, torch.addcmul(b, a, afresh * self.start), h0)
-        return self.out(F.gelu(self.branch(x)) * h), (h[:, -1], u[:, -1])
 
 
 class AttentionMixer(nn.Module):
@@ -334,14 +216,47 @@ class AttentionMixer(nn.Module):
         S = keys.shape[2]
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
-        # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score.
+        # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score. A keep of
+        # 0 counts as 1e-4, so that it still has a gradient.
         start = log_kept[:, -1:] if S else 0.0
-        log_kept = torch.cat([log_kept, start + keep.clamp_min(1e-9).log().cumsum(dim=1)], dim=1)
+        log_kept = torch.cat([log_kept, start + torch.log(1e-4 + (1 - 1e-4) * keep).cumsum(dim=1)], dim=1)
         distance = torch.arange(S, S + T, device=x.device)[:, None] - torch.arange(S + T, device=x.device)
         bias = self.bias[:, self.bucket(distance.clamp_min(0))] + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
         bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S + T)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
+
+
+class HawkMixer(nn.Module):
+    """Temporal mixing of Hawk: a gated linear recurrence (RG-LRU) behind a short convolution (here 2 taps)."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.inp = nn.Linear(c.dim, c.dim, bias=False)
+        self.branch = nn.Linear(c.dim, c.dim, bias=False)
+        self.taps = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
+        self.gates = nn.Linear(c.dim, 2 * c.dim)
+        self.decay = nn.Parameter(torch.linspace(0.5, 4.6, c.dim))  # slowest a between 0.02 and 0.92 per step
+        self.out = nn.Linear(c.dim, c.dim, bias=False)
+
+    def initial(self, B: int):
+        return self.decay.new_zeros(B, len(self.decay)), self.decay.new_zeros(B, len(self.decay))
+
+    def forward(self, x, keep, state):
+        h0, u0 = state
+        keep = keep[..., None]
+        u = self.inp(x)
+        u_before = torch.cat([u0[:, None], u[:, :-1]], dim=1)
+        v = self.taps[0] * u + self.taps[1] * keep * u_before
+        r, i = torch.sigmoid(self.gates(v)).chunk(2, dim=-1)
+        # a_t = sigmoid(decay)^(8 r_t);  h_t = keep_t a_t h_t-1 + sqrt(1 - a_t^2) i_t v_t
+        a = torch.exp(8 * r * F.logsigmoid(self.decay))
+        b = torch.sqrt(1 - a * a + 1e-6) * i * v
+        h, hs = h0, []
+        for at, bt in zip((keep * a).unbind(1), b.unbind(1)):
+            h = torch.addcmul(bt, at, h)
+            hs.append(h)
+        return self.out(F.gelu(self.branch(x)) * torch.stack(hs, dim=1)), (h, u[:, -1])
 
 
 class MLP(nn.Module):
@@ -385,28 +300,21 @@ class GridEmbedding(nn.Module):
 
     FEATURES = 24
 
-    def __init__(self, c: Config, dim: int):
+    def __init__(self, c: Config, world: envs.World, dim: int):
         super().__init__()
-        world = envs.TASK_SETS[c.world]
-        self.world, self.relative = world, c.relative_obs
-        cells = world.size**2
+        self.relative, cells, O = c.relative_obs, world.size**2, world.colours
         self.register_buffer("offset", torch.from_numpy(envs.offset_table(world.size)), persistent=False)
         if self.relative:
-            self.offsets = (2 * world.size - 1) ** 2
-            self.features = nn.Parameter(0.5 * torch.randn(self.offsets, self.FEATURES))
-            self.colour = nn.Parameter(torch.randn(world.colours, self.FEATURES, dim) * self.FEATURES**-0.5)
-            self.obstacle = nn.Parameter(0.1 * torch.randn(self.offsets, dim))
+            offsets = (2 * world.size - 1) ** 2
+            self.features = nn.Parameter(0.5 * torch.randn(offsets, self.FEATURES))
+            self.colour = nn.Parameter(torch.randn(O, self.FEATURES, dim) * self.FEATURES**-0.5)
+            self.obstacle = nn.Parameter(0.1 * torch.randn(offsets, dim))
             self.agent = nn.Parameter(0.1 * torch.randn(cells, dim))
-            row = [*range(world.colours), *[world.colours] * world.walls, world.colours + 1]
-            first_row = torch.tensor(row) * self.offsets
+            first_row = torch.tensor([*range(O), *[O] * world.walls, O + 1]) * offsets
         else:
             self.weight = nn.Parameter(torch.randn(world.objects * cells, dim) * (c.init_scale / world.objects) ** 0.5)
             first_row = torch.arange(world.objects) * cells
         self.register_buffer("first_row", first_row, persistent=False)
-
-    def places(self, cells):
-        """Column and row of each colour, each wall and the agent in units of cells, (..., O + W + 1, 2)."""
-        return torch.stack([cells % self.world.size, cells // self.world.size], dim=-1) + 0.5
 
     def table(self):
         """One row per (object, place), (rows, D)."""
@@ -432,20 +340,21 @@ class AntEmbedding(nn.Module):
     ant stands on gets an eighth: the metacontroller must find the visits among all that the residual says.
     """
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, world: envs.AntWorld):
         super().__init__()
-        world = envs.TASK_SETS[c.world]
-        self.size, self.parts, self.relative = world.size, envs.ant_slices(world), c.relative_obs
+        self.size, self.parts, self.relative = world.size, world.parts, c.relative_obs
         width, under = (c.dim // 4, c.dim // 8) if self.relative else (c.dim, 0)
-        self.cells = GridEmbedding(c, c.dim - width - under) if self.relative else None
+        self.cells = GridEmbedding(c, world, c.dim - width - under) if self.relative else None
         self.under = nn.Parameter(3 * torch.randn(world.colours, under)) if self.relative else None
         self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, width)
 
     def forward(self, obs):
         if not self.relative:
             return self.body(obs)
-        height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
-        column, row = self.places(obs).floor().long().clamp(0, self.size - 1).unbind(-1)
+        height, orientation, joints, velocity, xy, things, local = (obs[..., part] for part in self.parts.values())
+        places = torch.cat([things.unflatten(-1, (-1, 2)) + xy[..., None, :], xy[..., None, :]], dim=-2)
+        places = (1 + places * places.new_tensor([1, -1])) * self.size / 2  # column and row
+        column, row = places.floor().long().clamp(0, self.size - 1).unbind(-1)
         cells = row * self.size + column
         stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)
         # Vectors of the plane as complex numbers, turned into the frame of the torso.
@@ -459,23 +368,21 @@ class AntEmbedding(nn.Module):
         body = torch.cat([height, tilt, joints, velocity[..., 2:], turned.flatten(-2)], dim=-1)
         return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body)], dim=-1)
 
-    def places(self, obs):
-        """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
-        xy, things = obs[..., None, self.parts["xy"]], obs[..., self.parts["things"]].unflatten(-1, (-1, 2))
-        return (1 + torch.cat([xy + things, xy], dim=-2) * obs.new_tensor([1, -1])) * self.size / 2
 
+class GridHead(nn.Linear):
+    """Action head of the grid, features (..., D) -> logits (..., 4), and a guess of the agent's next cell."""
 
-class Categorical(nn.Linear):
-    """Action head of the grid: logits (..., 4) of the four moves."""
-
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, world: envs.World):
         super().__init__(c.dim, 4)
+        self.next = nn.Linear(c.dim, world.size**2)
 
-    def nll(self, logits, episodes, run: Run, soft: bool):
-        target = run.tensor(episodes.expert)
-        if not soft:
-            target = F.one_hot(run.tensor(episodes.actions), 4).float()
+    def nll(self, logits, target):
+        """-ln p of the target, which is the expert's probabilities (..., 4), or a one-hot of its action -> (...)."""
         return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
+
+    def next_nll(self, features, obs):
+        """-ln p(o_t+1) of what moves, features (B, T, D), obs (B, T, F) -> (B, T)."""
+        return F.cross_entropy(self.next(features).transpose(1, 2), obs[..., -1], reduction="none")
 
     def log_prob(self, logits, action, temperature: float = 1.0):
         return F.log_softmax(logits / temperature, dim=-1).gather(-1, action[..., None])[..., 0]
@@ -484,15 +391,21 @@ class Categorical(nn.Linear):
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
 
 
-class Gaussian(nn.Linear):
-    """Action head of the ant: mean (..., 8) of the torques; their deviation is learned and the same everywhere."""
+class AntHead(nn.Linear):
+    """Action head of the ant: mean (..., 8) of the torques, whose deviation is the same everywhere, and a guess of the
+    next observation."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, world: envs.World):
         super().__init__(c.dim, 8)
         self.log_std = nn.Parameter(torch.full((8,), -1.0))
+        self.next = nn.Linear(c.dim, world.parts["local"].stop)
 
-    def nll(self, mean, episodes, run: Run, soft: bool):
-        return -self.log_prob(mean, run.tensor(episodes.actions))
+    def nll(self, mean, target):
+        return -self.log_prob(mean, target)
+
+    def next_nll(self, features, obs):
+        """Of a Gaussian of standard deviation 1, without its constant."""
+        return 0.5 * (self.next(features) - obs).square().sum(-1)
 
     def log_prob(self, mean, action, temperature: float = 1.0):
         return gaussian_log_prob(action, mean, self.log_std + math.log(temperature))
@@ -502,70 +415,74 @@ class Gaussian(nn.Linear):
         return mean + temperature * self.log_std.exp() * noise
 
 
+EMBEDDINGS = {"grid": lambda c, world: GridEmbedding(c, world, c.dim), "ant": AntEmbedding}  # by World.kind
+HEADS = {"grid": GridHead, "ant": AntHead}
+
+
 class BaseModel(nn.Module):
-    """The causal sequence model that is pretrained, then frozen. `lower` ends where the controller acts."""
+    """The causal sequence model that is pretrained, then frozen. `lower` ends where the controller acts.
+
+    The blocks below the controller see each step alone: what they remembered would tell the goal, and the code would
+    not have to. With --memory full they have memory too, as in the paper.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
-        self.control_block = c.control_block
-        world = envs.TASK_SETS[c.world]
-        self.embed = AntEmbedding(c) if world.ant else GridEmbedding(c, c.dim)
+        world = make_world(c)
+        self.control_block, self.alone = c.control_block, c.memory != "full"
+        self.embed = EMBEDDINGS[world.kind](c, world)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
-        self.action_head = Gaussian(c) if world.ant else Categorical(c)
-        # What moves: the ant's observation, or on the grid the agent's cell.
-        self.next_head = nn.Linear(c.dim, envs.ant_slices(world)["local"].stop if world.ant else world.size**2)
+        self.head = HEADS[world.kind](c, world)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def initial(self, B: int) -> list:
-        return [block.mixer.initial(B) for block in self.blocks]
+    def _run(self, blocks, x, keep, state):
+        state = state or [block.mixer.initial(len(x)) for block in blocks]
+        after = []
+        for block, before in zip(blocks, state):
+            x, part = block(x, keep, before)
+            after.append(part)
+        return x, after
 
-    def _run(self, blocks: range, x, keep, state):
-        state = self.initial(len(x)) if state is None else list(state)
-        for i in blocks:
-            x, state[i] = self.blocks[i](x, keep, state[i])
-        return x, state
-
-    def lower(self, cells, keep, state=None):
-        """Observations as cells (B, T, O + W + 1) | (B, T, F), keep (B, T) -> residual (B, T, D), state."""
-        return self._run(range(self.control_block), self.embed(cells), keep, state)
+    def lower(self, obs, state=None):
+        """Observations (B, T, F) -> residual (B, T, D), state."""
+        x, blocks = self.embed(obs), self.blocks[: self.control_block]
+        if not self.alone:
+            return self._run(blocks, x, torch.ones_like(x[..., 0]), state)
+        steps = x.flatten(0, 1)[:, None]  # each is an episode of its own, (B * T, 1, D)
+        return self._run(blocks, steps, torch.ones_like(steps[..., 0]), None)[0].view_as(x), []
 
     def upper(self, residual, keep, state=None):
-        """residual (B, T, D), keep (B, T) -> action logits (B, T, 4) | mean torques (B, T, 8), state."""
-        x, state = self._run(range(self.control_block, len(self.blocks)), residual, keep, state)
-        return self.action_head(self.norm(x)), state
+        """residual (B, T, D), keep (B, T) -> features (B, T, D), which `head` turns into an action, state."""
+        x, state = self._run(self.blocks[self.control_block :], residual, keep, state)
+        return self.norm(x), state
 
-    def forward(self, cells, keep, keep_lower=None):
-        """Action logits (B, T, 4) of the model left alone."""
-        residual, _ = self.lower(cells, keep if keep_lower is None else keep_lower)
-        return self.upper(residual, keep)[0]
-
-    def residuals(self, cells, keep) -> list:
-        """The residual stream after the embedding and after each block: layers + 1 times (B, T, D)."""
-        x, streams = self.embed(cells), []
-        streams.append(x)
-        for block, state in zip(self.blocks, self.initial(len(x))):
-            x, _ = block(x, keep, state)
-            streams.append(x)
-        return streams
+    def forward(self, obs):
+        """What the head says of each action, (B, T, 4 or 8), of the model left alone, with all its memory."""
+        residual, _ = self.lower(obs)
+        return self.head(self.upper(residual, torch.ones_like(residual[..., 0]))[0])
 
 
 # ----------------------------------------------------------------------------------------------------
 # Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
+#
+# It steers the frozen base. A code says in a few numbers what the base shall do; a decoder turns the code into a
+# controller, a matrix U that is applied to the residual stream. A code is held until a gate opens and a new one is
+# adopted. While the metacontroller learns, codes come from an encoder that sees the whole episode, future included.
 # ----------------------------------------------------------------------------------------------------
 
 
-def apply_controller(residual, controller, mean):
-    """e^ = e + U (e - mean) with U = out^T inn of rank R, never a D x D matrix.
+def apply_controller(residual, controller):
+    """e^ = e + U e with U = out^T inn of rank R, never a D x D matrix.
 
-    residual (..., D), controller = (out, inn), each (..., R, D); mean (D,) is 0 in the paper.
+    residual (..., D), controller = (out, inn), each (..., R, D).
     """
     out, inn = controller
-    coordinates = torch.einsum("...rd,...d->...r", inn, residual - mean)
+    coordinates = torch.einsum("...rd,...d->...r", inn, residual)
     return residual + torch.einsum("...r,...rd->...d", coordinates, out)
 
 
@@ -576,34 +493,20 @@ def shift_right(x):
 
 def memory_after(gate, memory: str):
     """keep (B, T) of the steered base. segment: each switch is a fresh start, as if an episode began there."""
-    return 1 - gate if memory == "segment" else torch.full_like(gate, 1.0 if memory == "full" else -1.0)
-
-
-class Labels(nn.Module):
-    """One controller per ground-truth subgoal: not part of the method, but the check that steering can work."""
-
-    def __init__(self, c: Config, mean, count: int):
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.out = nn.Parameter(torch.zeros(count, c.rank, c.dim))  # starts as no control at all
-        self.inn = nn.Parameter(torch.randn(count, c.rank, c.dim) * c.dim**-0.5)
-
-    def controller(self, subgoal):
-        return self.out[subgoal], self.inn[subgoal]
+    return {"segment": 1 - gate, "none": 0 * gate, "full": 0 * gate + 1}[memory]
 
 
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them.
 
-    The encoder is non-causal and reads a copy of the episode (`view`, mirrored in our presets); the switching
-    unit is causal and reads the episode itself. `mean` (D,) is subtracted before control.
+    The encoder is non-causal and reads a copy of the episode (`view`, mirrored); the gate is causal and reads the
+    episode itself.
     """
 
-    def __init__(self, c: Config, mean):
+    def __init__(self, c: Config):
         super().__init__()
         D, H, S, Z = c.dim, c.history_dim, c.summary_dim, c.code_dim
-        self.code_dim, self.rank, self.whole = Z, c.rank, c.summary == "whole"
-        self.register_buffer("mean", mean)
+        self.rank = c.rank
         self.history = nn.GRU(D, H, batch_first=True)
         self.embedder = nn.GRU(D, S, batch_first=True)
         self.encoder = nn.Sequential(
@@ -611,54 +514,58 @@ class Metacontroller(nn.Module):
         )
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
         self.decoder = nn.Sequential(
-            nn.Linear(Z, c.decoder_hidden),
-            nn.SiLU() if c.smooth_decoder else nn.ReLU(),
-            nn.Linear(c.decoder_hidden, 2 * c.rank * D),
+            nn.Linear(Z, c.decoder_hidden), nn.SiLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
         )
-        nn.init.constant_(self.switch[2].bias, c.gate_bias)
+        nn.init.zeros_(self.switch[2].bias)
+        # At first a proposal is hardly noisier than its mean: the decoder can learn from it before it has to be cheap.
+        nn.init.constant_(self.encoder[2].bias[Z:], -2.0)
         # The factor that writes starts at zero, which is no control; the one that reads at random.
         with torch.no_grad():
             for parameter in (self.decoder[2].weight, self.decoder[2].bias):
                 parameter[: c.rank * D].zero_()
                 parameter[c.rank * D :].normal_(std=D**-0.5)
 
-    def encode(self, view, length):
-        """Posterior of the code proposals -> mean, log_std, each (B, T, Z).
+    def read(self, residual):
+        """The residual stream as the metacontroller sees it: of one size, as the base's own blocks see it."""
+        return F.rms_norm(residual, residual.shape[-1:])
 
-        view (B, T + 1, D), where row `length` (B,) is an episode's last observation and the rest padding. The
-        paper's s is one vector for the episode; ours, s_t, is read backwards from the end down to t.
+    def encode(self, view, entry, length):
+        """Gaussian of the code proposals -> mean, log_std, each (B, T, Z).
+
+        view (B, T + 1, D), where row `length` (B,) is an episode's last observation and the rest padding. entry
+        (B, T): the steps that are read, none of them padding; those between take over the proposal of the last one.
         """
-        history = shift_right(self.history(view)[0])
-        # Position t of the reversed episode is length - t; what lies beyond the end is padding again.
-        reverse = (length[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
+        view = self.read(view)
+        number, count = entry.cumsum(1) - 1, entry.sum(1)  # the entry that each step belongs to; entries in all
+        reading = length[:, None].repeat(1, int(count.max()) + 1)  # the last observation closes each sequence
+        rows, at = torch.nonzero(entry, as_tuple=True)
+        reading[rows, number[entry]] = at
+        view = view.gather(1, reading[..., None].expand(-1, -1, view.shape[-1]))
+        # The summary reads backwards, from the end to the start: position k of the reversed episode is count - k.
+        reverse = (count[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
         backward = self.embedder(view.gather(1, reverse.expand_as(view)))[0]
-        backward = backward.gather(1, reverse.expand_as(backward))
-        summary = backward[:, :1].expand_as(backward) if self.whole else backward
-        mean, log_std = self.encoder(torch.cat([view, history, summary], dim=-1)[:, :-1]).chunk(2, dim=-1)
-        return mean, log_std
+        summary = backward[torch.arange(len(view)), count][:, None].expand(-1, view.shape[1], -1)
+        history = shift_right(self.history(view)[0])
+        gaussian = self.encoder(torch.cat([view, history, summary], dim=-1))
+        return gaussian.gather(1, number[..., None].expand(-1, -1, gaussian.shape[-1])).chunk(2, dim=-1)
 
     def gate(self, residual, history, code):
         """beta_t = f_switch(e_t, h_t-1, z_t-1) in [0, 1], causal: (..., D), (..., H), (..., Z) -> (...)."""
-        return torch.sigmoid(self.switch(torch.cat([residual, history, code], dim=-1))).squeeze(-1)
+        return torch.sigmoid(self.switch(torch.cat([self.read(residual), history, code], dim=-1))).squeeze(-1)
 
-    def integrate(self, residual, proposal, hold=None, hard=False):
+    def integrate(self, residual, proposal, threshold=None):
         """Temporal integration, Eq. 2. residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
 
-        hold (B,): the gate stays shut for this many steps after it opened. hard rounds it, as in phase 3.
+        threshold: the gate is rounded to 1 above it and to 0 below, as in phase 3.
         """
-        history = shift_right(self.history(residual)[0])
+        history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
         code = proposal[:, 0]
         codes, gates = [code], [gate]
-        age = torch.zeros_like(gate)  # steps that the code has served
         for t in range(1, proposal.shape[1]):
             gate = self.gate(residual[:, t], history[:, t], code)
-            if hard:
-                gate = (gate > 0.5).float()
-            if hold is not None:
-                age = age + 1
-                gate = gate * (age > hold)
-                age = age * (gate < 0.5)
+            if threshold is not None:
+                gate = (gate > threshold).float()
             # beta_t = 1 adopts the new code
             code = gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code
             codes.append(code)
@@ -681,146 +588,57 @@ def gaussian_log_prob(x, mean, log_std):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Running: seeds, data, progress, losses shared by the phases
+# What every phase needs: data, loss, optimisers
+#
+# A phase is a function of a `run`, which holds config, seed, device and world (section "Running"), and of the models
+# of earlier phases. `run.start(phase)` seeds everything, so that a phase depends on nothing else.
 # ----------------------------------------------------------------------------------------------------
 
-# Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
-STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "test": 5, "evaluate": 6, "figures": 7}
+
+def make_world(c: Config, threads: int = 1) -> envs.World:
+    return replace(envs.WORLDS[c.world], jumps=c.jumps, soft_targets=c.soft_targets, threads=threads)
 
 
-def check_finite(phase: str, **metrics) -> None:
-    """Raise Failure (a failed run, status 1) if training has diverged."""
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise Failure(f"{phase}: not a finite number: {metrics}; lower the learning rate", 1)
+def expert_batches(run: Run, rng: np.random.Generator, batch: int):
+    """Endless batches of fresh expert trajectories; each holds episodes of similar length (less padding)."""
+    while True:
+        episodes = run.world.episodes(batch * max(1, 4096 // batch), rng)
+        order = np.argsort(episodes.lengths, kind="stable").reshape(-1, batch)
+        for i in rng.permutation(len(order)):
+            yield episodes.take(order[i])
 
 
-class Run:
-    """What every phase needs besides its inputs: config, seed, device, random streams, log."""
-
-    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, quiet=False):
-        self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
-        self.world = envs.TASK_SETS[config.world]
-        self.phase, self.started, self.shown = "", time.time(), 0.0
-        self.test_episodes = self.strides = None
-
-    def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
-        """Begin a phase: seed everything for it; returns a numpy and a torch generator."""
-        number = 1000 * self.seed + STREAMS[phase]
-        torch.manual_seed(number)
-        self.phase, self.started, self.shown = phase, time.time(), 0.0
-        return np.random.default_rng(number), torch.Generator(self.device).manual_seed(number)
-
-    def seconds(self) -> float:
-        return time.time() - self.started
-
-    def tensor(self, array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
-
-    def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
-        """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
-        check_finite(f"{self.phase}, step {step}", **metrics)
-        elapsed = self.seconds()
-        if step < total and elapsed - self.shown < every:
-            return
-        self.shown = elapsed
-        left = elapsed / max(step, 1) * (total - step)
-        if not self.quiet:
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print(
-                f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {elapsed:.0f} s, ETA {left:.0f} s", flush=True
-            )
-        if self.out:
-            with open(self.out / "metrics.csv", "a", newline="") as file:
-                rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
-                csv.writer(file).writerows(rows)
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
+def action_nll(run: Run, base: BaseModel, features, episodes: envs.Episodes):
+    """-ln p(the expert's action), nats; features (B, T, D) -> (B, T), 0 in padding."""
+    nll = base.head.nll(base.head(features), run.tensor(episodes.target))
+    return nll * run.tensor(episodes.mask)
 
 
-class ExpertData:
-    """Endless batches of expert trajectories; each batch holds episodes of similar length (less padding).
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): momentum, made orthogonal: a matrix learns as fast in all of its directions.
 
-    Always fresh ones; the ant's are spliced from strides, as far as `ant_spliced` says so, and each time turned.
+    torch.optim.Muon does the same in bfloat16, which most laptop processors only emulate: ten times slower there.
     """
 
-    def __init__(self, run: Run, rng: np.random.Generator, batch: int):
-        self.run, self.rng, self.batch = run, rng, batch
-        self.queue: list = []
+    def __init__(self, parameters, lr: float, weight_decay: float):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
 
-    def next(self):
-        c, world = self.run.config, self.run.world
-        if not self.queue:
-            pool = self.batch * (8 if world.ant else max(1, 4096 // self.batch))
-            noise = c.noise if self.run.phase == "pretrain" else 0.0  # else clean, as in the paper
-            spliced = world.ant and self.rng.random() < c.ant_spliced
-            if spliced:
-                episodes = spliced_episodes(self.run, pool, self.rng)
-            elif world.ant:  # as many jumps per second as in the spliced ones
-                options = c.noise, c.displace / envs.STRIDE, c.on_colour, min(world.limit, envs.STRIDE * c.ant_steps)
-                episodes = ant_episodes(self.run, world.pretrain, pool, self.rng, *options)[0]
-            else:
-                options = noise, c.displace, c.on_colour
-                episodes = envs.expert_episodes(world, world.pretrain, pool, self.rng, *options)[0]
-            order = np.argsort(episodes.mask.sum(axis=1), kind="stable").reshape(-1, self.batch)
-            self.queue = [episodes.take(order[i]) for i in self.rng.permutation(len(order))]
-        episodes = self.queue.pop()
-        if world.ant:
-            episodes = episodes.turned(world, *self.rng.integers(4, size=(2, self.batch)))
-        return episodes
-
-
-def spliced_episodes(run: Run, count: int, rng) -> envs.AntEpisodes:
-    """The ant's expert in time-lapse. The strides are the same for every seed, as are the held-out episodes."""
-    c, world = run.config, run.world
-    if run.strides is None:
-        fixed = np.random.default_rng(10**9 + STREAMS["pretrain"])
-        run.strides = envs.ant_strides(16_384, fixed, c.noise, torch.get_num_threads())
-    elsewhere, short = (0.0, c.ant_short) if run.phase == "pretrain" else (c.elsewhere, 0.0)
-    jumps = 0.0 if elsewhere else c.displace
-    whole, pause = (c.ant_whole, c.ant_pause) if run.phase == "discover" else (0, 0.0)
-    options = jumps, c.on_colour, elsewhere, short, pause, whole > 0
-    return envs.ant_spliced_episodes(world, world.pretrain, count, whole or c.ant_steps, run.strides, rng, *options)
-
-
-def ant_episodes(run: Run, tasks, count: int, rng, *options):
-    """The ant's expert with as many threads as PyTorch has."""
-    return envs.ant_expert_episodes(run.world, tasks, count, rng, *options, threads=torch.get_num_threads())
-
-
-def held_out(run: Run) -> envs.Episodes:
-    """Expert trajectories for evaluation: clean, the same for every seed, never trained on."""
-    if not run.test_episodes:
-        rng = np.random.default_rng(10**9 + STREAMS["test"])
-        tasks, count = run.world.pretrain, run.config.eval_episodes
-        if run.world.ant:  # without noise the torques are a little too regular
-            run.test_episodes = ant_episodes(run, tasks, count, rng, run.config.noise)[0]
-        else:
-            run.test_episodes = envs.expert_episodes(run.world, tasks, count, rng)[0]
-    return run.test_episodes
-
-
-def action_nll(base: BaseModel, output, episodes, run: Run, soft: bool = True):
-    """-ln p(action) of the expert under the head's output, expected over its choice (soft) or for the one it took.
-
-    (B, T) nats, 0 in padding. The ant's expert has one choice.
-    """
-    return base.action_head.nll(output, episodes, run, soft) * run.tensor(episodes.mask)
-
-
-def expert_entropy(episodes: envs.Episodes) -> float:
-    """The expert's own tie-breaking entropy: the loss of one who knows the task, nats per episode; 0 for the ant."""
-    if isinstance(episodes, envs.AntEpisodes):
-        return 0.0
-    p = np.maximum(episodes.expert, 1e-12)
-    return float(-(p * np.log(p) * episodes.mask[..., None]).sum() / len(episodes.mask))
-
-
-def bayes_floor(world: envs.TaskSet, episodes: envs.Episodes) -> float:
-    """Loss of the Bayes-optimal predictor, which infers the hidden task from the moves so far, nats per episode."""
-    p = np.maximum(envs.bayes_predictor(world, world.pretrain, episodes), 1e-12)
-    return float(-(episodes.expert * np.log(p)).sum() / len(episodes.mask))
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                x = p.grad.lerp(momentum, 0.95)
+                wide = x if x.shape[0] <= x.shape[1] else x.T
+                wide = wide / wide.norm().clamp_min(1e-7)
+                for _ in range(5):  # Newton-Schulz iteration towards the nearest orthogonal matrix
+                    gram = wide @ wide.T
+                    wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # An orthogonal matrix has small entries; this makes its steps as large as AdamW's.
+                size = 0.2 * max(p.shape) ** 0.5
+                p.sub_(wide if wide.shape == p.shape else wide.T, alpha=group["lr"] * size)
 
 
 def cosine(steps: int, floor: float = 0.02, warmup: int = 50):
@@ -833,135 +651,629 @@ def cosine(steps: int, floor: float = 0.02, warmup: int = 50):
     return factor
 
 
-def make_optimisers(c: Config, model: nn.Module, lr: float, steps: int):
-    """AdamW (paper), or Muon for matrices inside the blocks and AdamW for the rest -> optimisers, schedulers."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and min(p.shape) > 2] if c.pretrain_muon else []
+def scheduled(c: Config, optimiser, steps: int) -> list:
+    """The optimiser, and what lowers its rate along a cosine; the paper's rates are constant."""
+    return [optimiser, *([torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))] if c.fast_optimiser else [])]
+
+
+WEIGHT_DECAY = 0.03  # (paper)
+
+
+def pretrain_optimisers(c: Config, base: BaseModel) -> list:
+    """AdamW (paper), or Muon for the blocks' matrices and AdamW for the rest."""
+    if not c.fast_optimiser:
+        return [torch.optim.AdamW(base.parameters(), lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)]
+    matrices = [module.weight for module in base.blocks.modules() if isinstance(module, nn.Linear)]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    if not c.pretrain_muon:
-        optimisers = [torch.optim.AdamW(rest, lr=lr, weight_decay=c.weight_decay)]
-        return optimisers, [torch.optim.lr_scheduler.ConstantLR(optimisers[0], 1.0)]
-    optimisers = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=3 * lr, weight_decay=c.weight_decay),  # embeddings and head like it faster
-    ]
-    return optimisers, [torch.optim.lr_scheduler.LambdaLR(o, cosine(steps)) for o in optimisers]
+    rest = [p for p in base.parameters() if id(p) not in chosen]
+    muon = Muon(matrices, lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)
+    adamw = torch.optim.AdamW(rest, lr=3 * c.pretrain_lr, weight_decay=WEIGHT_DECAY)  # embeddings like it faster
+    return [*scheduled(c, muon, c.pretrain_steps), *scheduled(c, adamw, c.pretrain_steps)]
 
 
-def adamw(model: nn.Module, lr: float, steps: int, weight_decay: float = 0.0):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))
-
-
-def update(model: nn.Module, loss, optimisers, schedulers) -> None:
-    """One gradient step of `model` with its gradient's norm clipped to 1."""
+def update(model: nn.Module, loss, *steppers) -> None:
+    """One gradient step of `model`, its gradient's norm clipped to 1, by optimisers and schedulers."""
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
-    for stepper in (*optimisers, *schedulers):
+    for stepper in steppers:
         stepper.step()
     model.zero_grad(set_to_none=True)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Phase 1: pretrain the base model (paper: App. C.1)
+#
+# In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. To do so
+# it has to work out from the moves so far which goal is pursued, and how one gets there: this is what phase 2 uses.
 # ----------------------------------------------------------------------------------------------------
 
 
-def random_memory(c: Config, shape, generator):
-    """keep (B, T) for pretraining: each episode draws a rate of forgetting, each step forgets at that rate."""
-    B, T = shape
-    device = generator.device
-    rates = torch.tensor(c.forget, device=device)[
-        torch.randint(len(c.forget), (B, 1), generator=generator, device=device)
-    ]
-    return 1 - 2 * (torch.rand(B, T, generator=generator, device=device) < rates).float()
-
-
-def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep, keep_lower):
+def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
     """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
-    c = run.config
-    cells = run.tensor(episodes.inputs())
-    residual, _ = base.lower(cells[:, :-1], keep_lower)
-    if not c.obs_loss:
-        nll = action_nll(base, base.upper(residual, keep)[0], episodes, run, c.soft_targets).sum(1).mean()
+    obs, mask = run.tensor(episodes.obs), run.tensor(episodes.mask)
+    residual, _ = base.lower(obs[:, :-1])
+    features, _ = base.upper(residual, torch.ones_like(residual[..., 0]))
+    nll = action_nll(run, base, features, episodes).sum(1).mean()
+    if not run.config.obs_loss:
         return nll, {"nll": nll.item()}
-    x, _ = base._run(range(c.control_block, c.layers), residual, keep, None)
-    x = base.norm(x)
-    nll = action_nll(base, base.action_head(x), episodes, run, c.soft_targets).sum(1).mean()
-    guess = base.next_head(x)
-    if run.world.ant:  # a Gaussian of standard deviation 1, without its constant
-        surprise = 0.5 * (guess - cells[:, 1:]).square().sum(-1)
-    else:
-        surprise = F.cross_entropy(guess.transpose(1, 2), cells[:, 1:, -1], reduction="none")
-    surprise = (surprise * run.tensor(episodes.mask)).sum(1).mean()
-    return nll + c.obs_loss * surprise, {"nll": nll.item(), "obs_nll": surprise.item()}
+    surprise = (base.head.next_nll(features, obs[:, 1:]) * mask).sum(1).mean()
+    return nll + run.config.obs_loss * surprise, {"nll": nll.item(), "obs_nll": surprise.item()}
 
 
-def pretrain(run: Run) -> tuple[BaseModel, dict]:
-    """Train the base model on the expert's actions -> (base, {"base_excess_nats", ...})."""
+def pretrain(run: Run) -> BaseModel:
+    """Train the base model on the expert's actions, then freeze it."""
     c = run.config
-    rng, generator = run.start("pretrain")
+    rng, _ = run.start("pretrain")
     base = BaseModel(c).to(run.device)
-    data = ExpertData(run, rng, c.pretrain_batch)
-    test = held_out(run)
-    optimisers, schedulers = make_optimisers(c, base, c.pretrain_lr, c.pretrain_steps)
-    for step in range(1, c.pretrain_steps + 1):
-        episodes = data.next()
-        keep = random_memory(c, episodes.mask.shape, generator)
-        # The controller will sit on a lower part without memory, so a third of the episodes trains that.
-        blind = torch.rand(len(keep), 1, generator=generator, device=run.device) < 0.3
-        keep_lower = keep.masked_fill(blind, -1) if c.memory != "full" else keep
-        loss, stats = pretrain_loss(run, base, episodes, keep, keep_lower)
+    steppers = pretrain_optimisers(c, base)
+    for step, episodes in zip(range(1, c.pretrain_steps + 1), expert_batches(run, rng, c.pretrain_batch)):
+        loss, stats = pretrain_loss(run, base, episodes)
         length = episodes.mask.sum() / len(episodes.mask)
-        update(base, loss / length, optimisers, schedulers)
+        update(base, loss / length, *steppers)
         if step % 50 == 0 or step == c.pretrain_steps:
-            run.log(
-                step, c.pretrain_steps, "steps", nats_per_episode=stats["nll"], nats_per_step=stats["nll"] / length
-            )
-    base.requires_grad_(False)
-    metrics = {"base_nll_nats": base_loss(run, base, test, keep=1.0), "minutes_pretrain": run.seconds() / 60}
-    check_finite("pretrain", **metrics)
-    return base, metrics | (ant_metrics(run, base) if run.world.ant else bayes_metrics(run, test, metrics))
+            run.log(step, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
+    return base.requires_grad_(False)
 
 
-def bayes_metrics(run: Run, test: envs.Episodes, metrics: dict) -> dict:
-    """Grid: how far the base is from the best possible predictor."""
-    floor = bayes_floor(run.world, test)
-    excess = metrics["base_nll_nats"] - floor
-    run.say(f"base: {excess:.3f} nats per episode above the Bayes floor of {floor:.2f}")
-    return {"base_excess_nats": excess, "bayes_floor_nats": floor}
+# ----------------------------------------------------------------------------------------------------
+# Check: can the frozen base be steered at all? (paper: Fig. 4)
+#
+# This is not part of the method, and it uses the true subgoals: one controller is trained for each of them. If these
+# cannot steer the base through a task that it has never seen, no discovered controller will.
+# ----------------------------------------------------------------------------------------------------
 
 
-def ant_metrics(run: Run, base: BaseModel) -> dict:
-    """Ant: the expert's success, and whether the base left alone walks: a clone may look perfect and stand still."""
-    c = run.config
-    rng, generator = run.start("evaluate")
-    result = rollout(run, base, RawPilot(), c.eval_episodes, rng, generator)
-    metrics = {"base_reach": float((result.visits > 0).mean())}
-    for name, tasks in (("expert_success", run.world.pretrain), ("expert_post_success", [run.world.post])):
-        metrics[name] = ant_episodes(run, tasks, c.eval_episodes, rng, c.noise)[2]
-    run.say("ant: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    return metrics
+class Labels(nn.Module):
+    """One controller per ground-truth subgoal."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        shape = len(envs.WORLDS[c.world].subgoals), c.rank, c.dim
+        self.out = nn.Parameter(torch.zeros(shape))  # starts as no control at all
+        self.inn = nn.Parameter(torch.randn(shape) * c.dim**-0.5)
+
+    def controller(self, subgoal):
+        return self.out[subgoal], self.inn[subgoal]
 
 
-@torch.no_grad()
-def base_loss(run: Run, base: BaseModel, episodes: envs.Episodes, keep: float) -> float:
-    """Nats per episode of the base left alone, with full memory (keep=1) or none (keep=-1)."""
-    total = 0.0
-    for part in np.array_split(np.arange(len(episodes.mask)), max(1, len(episodes.mask) // 256)):
-        chunk = episodes.take(part)
-        kept = torch.full(chunk.mask.shape, keep, device=run.device)
-        total += action_nll(base, base(run.tensor(chunk.inputs()[:, :-1]), kept), chunk, run).sum().item()
-    return total / len(episodes.mask)
-
-
-def subgoals(world: envs.TaskSet, episodes: envs.Episodes) -> tuple[np.ndarray, np.ndarray]:
+def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np.ndarray]:
     """True subgoal (N, T), -1 in the padding, and where it changes (N, T) bool, never at the first step."""
-    subgoal = np.append(world.subgoal_of_colour(), -1)[episodes.goal]
+    subgoal = world.subgoal_of(episodes.goal)
     changed = np.zeros(subgoal.shape, dtype=bool)
     changed[:, 1:] = (subgoal[:, 1:] != subgoal[:, :-1]) & episodes.mask[:, 1:]
     return subgoal, changed
+
+
+def steer(run: Run, base: BaseModel) -> Labels:
+    """Train ground-truth controllers on the pretraining tasks."""
+    c = run.config
+    rng, _ = run.start("steer")
+    labels = Labels(c).to(run.device)
+    optimiser = torch.optim.AdamW(labels.parameters(), lr=c.steer_lr, weight_decay=0)
+    steppers = scheduled(c, optimiser, c.steer_steps)
+    for step, episodes in zip(range(1, c.steer_steps + 1), expert_batches(run, rng, c.discover_batch)):
+        subgoal, changed = subgoals(run.world, episodes)
+        residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
+        controlled = apply_controller(residual, labels.controller(run.tensor(np.maximum(subgoal, 0))))
+        features, _ = base.upper(controlled, memory_after(run.tensor(changed).float(), c.memory))
+        loss = action_nll(run, base, features, episodes).sum(1).mean()
+        update(labels, loss / episodes.mask.shape[1], *steppers)
+        if step % 50 == 0 or step == c.steer_steps:
+            run.log(step, c.steer_steps, "steps", nll=loss.item())
+    return labels.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Rollouts: the base model acts in the environment, and a pilot may steer its residual stream
+# ----------------------------------------------------------------------------------------------------
+
+
+class RawPilot:
+    """No control: the base model left alone, with its full memory."""
+
+    memory = "full"
+
+    def begin(self, B: int, run: Run) -> None:
+        self.opened = torch.zeros(B, device=run.device)
+
+    def steer(self, residual, batch):
+        """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
+        return residual, self.opened[: len(residual)]
+
+    def select(self, kept) -> None:
+        pass
+
+
+class LabelPilot:
+    """Ground-truth controllers, switched by hand when the true subgoal changes."""
+
+    def __init__(self, labels: Labels):
+        self.labels = labels
+
+    def begin(self, B: int, run: Run) -> None:
+        self.run, self.memory = run, run.config.memory
+        self.subgoal = torch.full((B,), -1, device=run.device)
+
+    def steer(self, residual, batch):
+        subgoal = self.run.tensor(batch.subgoal())
+        opened, self.subgoal = (subgoal != self.subgoal).float(), subgoal
+        return apply_controller(residual, self.labels.controller(subgoal)), opened
+
+    def select(self, kept) -> None:
+        self.subgoal = self.subgoal[kept]
+
+
+class CodePilot:
+    """The metacontroller without its encoder: `choose` gives a new code where the gate opens, else the code is held.
+
+    The gate is H(beta_t - threshold); at the first step it is open. (Alg. 1)
+    """
+
+    def __init__(self, meta: Metacontroller, choose):
+        self.meta, self.choose = meta, choose
+
+    def begin(self, B: int, run: Run) -> None:
+        c, device = run.config, run.device
+        self.threshold, self.memory = c.threshold, c.memory
+        self.rows = torch.arange(B, device=device)  # of the living episodes
+        self.history = torch.zeros(1, B, c.history_dim, device=device)
+        self.code = torch.zeros(B, c.code_dim, device=device)
+        self.out = torch.zeros(B, c.rank, c.dim, device=device)  # the controller in force, decoded once a switch
+        self.inn = torch.zeros(B, c.rank, c.dim, device=device)
+        self.first = True
+        self.choose.begin(B, run)
+
+    def steer(self, residual, batch):
+        opened = (self.meta.gate(residual, self.history[0], self.code) > self.threshold) | self.first
+        self.first = False
+        if opened.any():
+            self.code[opened] = self.choose(residual[opened], self.rows[opened])
+            self.out[opened], self.inn[opened] = self.meta.controller(self.code[opened])
+        _, self.history = self.meta.history(self.meta.read(residual)[:, None], self.history)
+        return apply_controller(residual, (self.out, self.inn)), opened.float()
+
+    def select(self, kept) -> None:
+        self.rows, self.history, self.code = self.rows[kept], self.history[:, kept], self.code[kept]
+        self.out, self.inn = self.out[kept], self.inn[kept]
+
+
+class PriorCodes:
+    """Codes drawn from the prior N(0, I): what exploration looks like before any learning."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def begin(self, B: int, run: Run) -> None:
+        self.size = run.config.code_dim
+
+    def __call__(self, residual, rows):
+        return torch.randn(len(rows), self.size, generator=self.generator, device=residual.device)
+
+
+class Result(NamedTuple):
+    """N finished episodes."""
+
+    reward: torch.Tensor  # (N,)
+    visited: np.ndarray  # (N, T) colour visited by each step, else -1
+    switched: np.ndarray  # (N, T) open gates
+    mask: np.ndarray  # (N, T) steps that were lived
+    obs: torch.Tensor  # (N, T, F), empty unless recorded
+    action: torch.Tensor  # (N, T, ...), empty unless recorded
+    log_prob: torch.Tensor  # (N, T) of the actions, empty unless recorded
+
+
+def rollout(
+    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False, chunk=2048
+) -> Result:
+    """`count` episodes of the post-training task on random solvable layouts.
+
+    temperature scales the base's action distribution; record keeps observations and actions; roam lets wrong visits
+    pass (for counting transitions). Episodes step together and are dropped when they end: cost follows the living.
+    Chunks keep the working set in the processor's cache.
+    """
+    parts = []
+    for start in range(0, count, chunk):
+        batch = run.world.batch(min(chunk, count - start), rng, roam)
+        parts.append(_rollout_chunk(run, base, pilot, batch, generator, temperature, record))
+    columns = dict(zip(Result._fields, zip(*parts)))
+    T = max(int(mask.sum(axis=1).max()) for mask in columns["mask"])  # the longest episode
+    joined = {name: np.concatenate(columns[name])[:, :T] for name in ("visited", "switched", "mask")}
+    joined |= {name: torch.cat(columns[name])[:, :T] for name in ("obs", "action", "log_prob")}
+    return Result(reward=torch.cat(columns["reward"]), **joined)
+
+
+@torch.no_grad()
+def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperature, record) -> Result:
+    B, T, device = len(batch), run.world.limit, run.device
+    visited, switched = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
+    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
+    tables = None  # of observations, actions and their log-probabilities
+    alive, lower, upper = np.arange(B), None, None
+    pilot.begin(B, run)
+    for t in range(T):
+        obs, rows = run.tensor(batch.observe()), run.tensor(alive)
+        residual, lower = base.lower(obs[:, None], lower)
+        controlled, opened = pilot.steer(residual[:, 0], batch)
+        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], pilot.memory), upper)
+        output = base.head(features[:, 0])
+        if not output.isfinite().all():
+            raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
+        action = base.head.sample(output, temperature, generator)
+        visit, gain, done = batch.step(action.cpu().numpy())
+        visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
+        if record:
+            values = obs, action, base.head.log_prob(output, action, temperature)
+            tables = tables or [value.new_zeros(B, T, *value.shape[1:]) for value in values]
+            for table, value in zip(tables, values):
+                table[rows, t] = value
+        reward[rows] += run.tensor(gain)
+        if done.any():  # drop the dead
+            kept = run.tensor(~done)
+            alive = alive[~done]
+            batch.select(~done)
+            pilot.select(kept)
+            lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
+        if not len(alive):
+            break
+    return Result(reward, visited, switched, mask, *(tables or [torch.zeros(B, 0)] * 3))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 2: discover controllers and when to switch them (paper: Sec. 3, App. D.2, Eq. 3)
+#
+# In: the frozen base and the same unlabelled trajectories. Out: a metacontroller. Its encoder may look at the whole
+# episode, but each nat that it tells through the code costs alpha; so it tells what the base does not know, and only
+# when there is something new to tell. That is when the gate learns to open.
+# ----------------------------------------------------------------------------------------------------
+
+
+def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
+    """What the encoder makes of a mirrored copy of the episodes: mean, log_std (B, T, Z) and entry (B, T).
+
+    entry: the steps with a proposal of their own, those that lead into another cell; on the grid all.
+
+    A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
+    code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
+    """
+    view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
+    residual, _ = base.lower(run.tensor(view))
+    entry = run.tensor(run.world.entries(episodes.obs)[:, :-1] & episodes.mask)
+    return *meta.encode(residual, entry, run.tensor(episodes.lengths)), entry
+
+
+def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, kl_weight: float, blind: bool):
+    """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
+
+    The KL is charged for every proposal, or (`kl_at_switches`) in so far as the gate opens; a half-open gate then pays
+    5/8 of the price, or gates would stay soft. Gradients flow through the frozen upper blocks. blind: the base has no
+    memory at all, so that the code must say everything. Without such a time the code is not used, as what the base
+    remembers is enough to begin with. After it the base remembers what it will remember in phase 3.
+    """
+    mask = run.tensor(episodes.mask)
+    residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
+    mean, log_std, entry = posterior(run, base, meta, episodes, rng)
+    noise = torch.randn(mean.shape, generator=generator, device=run.device)
+    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise)
+    keep = memory_after(gate, "none" if blind else run.config.memory)
+    features, _ = base.upper(apply_controller(residual, meta.controller(code)), keep)
+    nll = action_nll(run, base, features, episodes).sum(1).mean()
+    price = entry * gate * (3 - gate) / 2 if run.config.kl_at_switches else entry
+    kl = (code_kl(mean, log_std) * price).sum(1).mean()
+    return nll + kl_weight * kl, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
+
+
+def discover(run: Run, base: BaseModel) -> Metacontroller:
+    """Train the metacontroller on the frozen base, then freeze it too."""
+    c = run.config
+    rng, generator = run.start("discover")
+    meta = Metacontroller(c).to(run.device)
+    optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=0)
+    steppers = scheduled(c, optimiser, c.discover_steps)
+    for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
+        kl_weight = c.kl_weight * min(1.0, max(0, step - c.kl_warmup) / max(1, c.kl_warmup))
+        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, kl_weight, step <= c.blind_steps)
+        update(meta, loss / 10, *steppers)
+        if step % 50 == 0 or step == c.discover_steps:
+            run.log(step, c.discover_steps, "steps", **stats)
+    return meta.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 3: internal RL, and RL on raw actions through the same loop (paper: App. C.5, Algorithms 1-3)
+#
+# In: the frozen base and metacontroller. Out: a policy that chooses codes. An episode of a hundred steps is only a few
+# decisions for it, one for each opening of the gate: this is contracted time. Codes already do sensible things, so now
+# and then random ones solve the task, and there is something to learn from.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """Causal policy over codes: one recurrent block whose state advances at switches, then a Gaussian.
+
+    At first it is the codes' prior, N(0, I).
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.inp = nn.Linear(c.dim, c.policy_dim)
+        self.block = Block(replace(c, block="hawk", dim=c.policy_dim, mlp=2 * c.policy_dim, gated_mlp=True))
+        self.norm = nn.RMSNorm(c.policy_dim)
+        self.head = nn.Linear(c.policy_dim, 2 * c.code_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, residual, state=None):
+        """residual (B, K, D) at K successive switches -> mean, log_std (B, K, Z), state."""
+        state = self.block.mixer.initial(len(residual)) if state is None else state
+        x, state = self.block(self.inp(residual), torch.ones_like(residual[..., 0]), state)
+        return *self.head(self.norm(x)).chunk(2, dim=-1), state
+
+
+class Decisions(NamedTuple):
+    """What RL learns from: N episodes of K decisions. For internal RL a decision is a code, for raw RL an action."""
+
+    inputs: torch.Tensor  # (N, K, D) residual at the switch | (N, K, F) observation
+    chosen: torch.Tensor  # (N, K, Z) code | (N, K, ...) action
+    log_prob: torch.Tensor  # (N, K) when it was chosen
+    mask: torch.Tensor  # (N, K) decisions that were made
+    reward: torch.Tensor  # (N,) terminal
+
+
+class PolicyCodes:
+    """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more.
+
+    Decision k of an episode is its k-th switch. Only the first 12 are remembered: an agent that walks in circles may
+    switch at every step. Without `sample` codes are the means of the policy, to evaluate it.
+    """
+
+    MOST = 12
+
+    def __init__(self, policy: Policy, generator, sample: bool = True):
+        self.policy, self.generator, self.sample, self.tables = policy, generator, sample, []
+
+    def begin(self, B: int, run: Run) -> None:
+        c, device = run.config, run.device
+        self.state = self.policy.block.mixer.initial(B)
+        self.count = torch.zeros(B, dtype=torch.int64, device=device)  # decisions so far
+        shapes = (c.dim,), (c.code_dim,), (), ()
+        self.tables.append([torch.zeros(B, self.MOST, *shape, device=device) for shape in shapes])
+
+    def __call__(self, residual, rows):
+        """residual (B, D) of the episodes `rows` (B,) whose gate is open -> code (B, Z)."""
+        mean, log_std, state = self.policy(residual[:, None], tuple(part[rows] for part in self.state))
+        for part, new in zip(self.state, state):
+            part[rows] = new
+        mean, log_std = mean[:, 0], log_std[:, 0]
+        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
+        code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
+        k = self.count[rows]
+        kept = k < self.MOST
+        entry = residual, code, gaussian_log_prob(code, mean, log_std), torch.ones_like(mean[:, 0])
+        for table, value in zip(self.tables[-1], entry):
+            table[rows[kept], k[kept]] = value[kept]
+        self.count[rows] += 1
+        return code
+
+    def decisions(self, reward) -> Decisions:
+        """All decisions since construction."""
+        return Decisions(*(torch.cat(column) for column in zip(*self.tables)), reward)
+
+
+class InternalLearner:
+    """RL inside the model: base, metacontroller and gate are frozen, the policy over codes learns."""
+
+    def __init__(self, run: Run, base: BaseModel, meta: Metacontroller, policy: Policy):
+        self.run, self.base, self.meta, self.model = run, base, meta, policy
+        self.optimiser = torch.optim.Adam(policy.parameters(), lr=run.config.rl_lr)
+
+    def collect(self, count: int, rng, generator, sample: bool = True) -> tuple[Decisions, float]:
+        """Play `count` episodes -> what to learn from, success."""
+        codes = PolicyCodes(self.model, generator, sample)
+        pilot = CodePilot(self.meta, codes)
+        result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.temperature)
+        return codes.decisions(result.reward), result.reward.mean().item()
+
+    def log_prob(self, inputs, chosen):
+        mean, log_std, _ = self.model(inputs)
+        return gaussian_log_prob(chosen, mean, log_std)
+
+
+class RawLearner:
+    """The baseline: the same objective fine-tunes the base itself; a decision is a raw action.
+
+    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. Those
+    have the gradient of the whole batch in expectation, up to a factor: the advantages of its failures add up to minus
+    those of its successes, as they do in the whole.
+    """
+
+    FAILURES = 16
+
+    def __init__(self, run: Run, base: BaseModel):
+        self.run, self.model = run, base
+        self.optimiser = torch.optim.Adam(base.parameters(), lr=run.config.raw_lr)
+
+    def collect(self, count: int, rng, generator) -> tuple[Decisions, float]:
+        result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
+        mask = self.run.tensor(result.mask).float()
+        batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
+        failed = torch.nonzero(batch.reward == 0)[:, 0]
+        dropped = failed[torch.randperm(len(failed), generator=generator, device=failed.device)[self.FAILURES :]]
+        kept = torch.ones_like(batch.reward, dtype=torch.bool)
+        kept[dropped] = False
+        return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
+
+    def log_prob(self, inputs, chosen):
+        return self.model.head.log_prob(self.model(inputs), chosen)
+
+
+def terminal_advantage(reward):
+    """A = (R - mean R) / (std R + 1e-3) over the batch, the same for all decisions of an episode: (N,) -> (N,)."""
+    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
+
+
+def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float = 0.2):
+    """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N,) -> scalar."""
+    ratio = torch.exp((log_prob - old_log_prob) * mask)
+    advantage = advantage[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(gain * mask).sum() / mask.sum()
+
+
+def reinforce(run: Run, phase: str, learner) -> None:
+    """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
+
+    What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
+    the baseline. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch.
+    """
+    c = run.config
+    rng, generator = run.start(phase)
+    curve, episodes = run.curves.setdefault(phase, []), 0
+    while episodes < c.rl_episodes:
+        # collect
+        batch, success = learner.collect(c.rl_batch, rng, generator)
+        episodes += c.rl_batch
+        curve.append((episodes, success))
+        # advantage
+        advantage = terminal_advantage(batch.reward)
+        # update: without a single success every advantage, hence the gradient, is exactly zero
+        for _ in range(c.rl_epochs if advantage.any() else 0):
+            order = torch.randperm(len(advantage), generator=generator, device=run.device)
+            for index in order.chunk(c.rl_minibatches):
+                longest = int(batch.mask[index].sum(1).max())
+                inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
+                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask)
+                update(learner.model, loss, learner.optimiser)
+        # log
+        run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
+
+
+def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
+    """Phase 3: train a policy over codes."""
+    run.start("rl")
+    policy = Policy(run.config).to(run.device)
+    reinforce(run, "rl", InternalLearner(run, base, meta, policy))
+    return policy.requires_grad_(False)
+
+
+def raw_rl(run: Run, base: BaseModel) -> BaseModel:
+    """The baseline: fine-tune a copy of the base on raw actions, with as many episodes."""
+    run.start("raw")
+    model = BaseModel(run.config).to(run.device)
+    model.load_state_dict(base.state_dict())
+    reinforce(run, "raw", RawLearner(run, model))
+    return model.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Here the method is complete. What follows measures it, draws it and runs it.
+# ----------------------------------------------------------------------------------------------------
+
+
+# ----------------------------------------------------------------------------------------------------
+# Measurements
+# ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
+    """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
+    episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
+    for part in np.array_split(np.arange(count), -(-count // 256)):
+        chunk = episodes.take(part)
+        nll = base.head.nll(base(run.tensor(chunk.obs[:, :-1])), run.tensor(chunk.target))
+        total += (nll * run.tensor(chunk.mask)).sum().item()
+    excess = total / count - run.world.floor(episodes)
+    reach = rollout(run, base, RawPilot(), count, *run.start("evaluate"))
+    metrics = {
+        "base_excess_nats": excess,
+        "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
+        "expert_success": run.world.expert_success(count),
+    }
+    run.say("base: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    return metrics
+
+
+def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
+    """Post-training success of ground-truth controllers that are switched by hand, actions at temperature 1."""
+    rng, generator = run.start("evaluate")
+    result = rollout(run, models["pretrain"], LabelPilot(labels), run.config.eval_episodes, rng, generator)
+    run.say(f"ground-truth controllers: post-training success {result.reward.mean():.3f}")
+    return {"steer_success": result.reward.mean().item()}
+
+
+def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
+    """Share of `marks` (N, T) with one of `others` at most `tolerance` steps away; 0 where there are none."""
+    wide = np.pad(others, ((0, 0), (tolerance, tolerance)))
+    near = np.lib.stride_tricks.sliding_window_view(wide, 2 * tolerance + 1, axis=1).any(axis=-1)
+    return float((marks & near).sum() / max(1, marks.sum()))
+
+
+@torch.no_grad()
+def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
+    """Codes, the gate before and after rounding, and the KL of the proposals: (B, T, Z) and three times (B, T)."""
+    residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
+    mean, log_std, _ = posterior(run, base, meta, episodes, rng)
+    proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
+    code, gate = meta.integrate(residual, proposal, run.config.threshold)
+    return code, meta.integrate(residual, proposal)[1], gate, code_kl(mean, log_std)
+
+
+def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
+    """Switches against true changes of subgoal, what the codes mean, and what random codes achieve.
+
+    The first step is no switch; a random switcher of the same rate is measured beside. The read-out of the true
+    subgoal from the code at a switch is a small MLP's, on layouts it has not seen.
+    """
+    base, c, world = models["pretrain"], run.config, run.world
+    rng, generator = run.start("evaluate")
+    episodes = run.held_out()
+    subgoal, changed = subgoals(world, episodes)
+    code, _, gate, kl = encode(run, base, meta, episodes, rng, generator)
+    adopted = (gate > 0.5).cpu().numpy() & episodes.mask
+    switched, later = adopted.copy(), episodes.mask.copy()
+    switched[:, 0] = later[:, 0] = False
+    by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
+    at, near = run.tensor(adopted), world.tolerance
+    pilot = CodePilot(meta, PriorCodes(generator))
+    roaming = rollout(run, base, pilot, c.eval_episodes, rng, generator, c.temperature, roam=True)
+    table = transition_table(world, roaming.visited)
+    trials = rollout(run, base, pilot, c.random_episodes, rng, generator, c.temperature)
+    for line in raster(run, base, meta):
+        run.say(line)
+    metrics = {
+        "switch_precision": share_near(switched, changed, near),
+        "switch_recall": share_near(changed, switched, near),
+        "random_switch_precision": share_near(by_chance, changed, near),
+        "random_switch_recall": share_near(changed, by_chance, near),
+        "switches_per_episode": float(switched.sum() / len(switched)),
+        "true_changes_per_episode": float(changed.sum() / len(changed)),
+        "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
+        "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
+        "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
+        "random_code_success": trials.reward.mean().item(),
+        "counting_success": world.counting_success,
+    }
+    run.say("codes: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+    return metrics
+
+
+def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
+    """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1).
+
+    visited (N, T) holds the colour visited by each step or -1. A subgoal is completed when its colours are visited
+    one after the other; the last column counts what completes none.
+    """
+    n, length = len(world.subgoals), len(world.subgoals[0])
+    counts = np.zeros((n, n + 1))
+    for row in visited:
+        sequence = row[row >= 0]
+        for i in range(len(sequence) - 2 * length + 1):
+            before, after = tuple(sequence[i : i + length]), tuple(sequence[i + length : i + 2 * length])
+            if before in world.subgoals:
+                a = world.subgoals.index(before)
+                counts[a, world.subgoals.index(after) if after in world.subgoals else n] += 1
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def fit_readout(run: Run, inputs, labels, hidden: int = 0, steps: int = 300) -> float:
@@ -985,467 +1297,11 @@ def fit_readout(run: Run, inputs, labels, hidden: int = 0, steps: int = 300) -> 
         return (net(inputs[half:]).argmax(-1) == labels[half:]).float().mean().item()
 
 
-@torch.no_grad()
-def probe(run: Run, base: BaseModel) -> list[float]:
-    """Accuracy of a linear probe of the true subgoal on the residual after the embedding and each block."""
-    episodes = held_out(run)
-    subgoal, _ = subgoals(run.world, episodes)
-    mask = run.tensor(episodes.mask)
-    keep = torch.ones(episodes.mask.shape, device=run.device)
-    streams = base.residuals(run.tensor(episodes.inputs()[:, :-1]), keep)
-    labels = run.tensor(subgoal)[mask]
-    return [fit_readout(run, stream[mask], labels) for stream in streams]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Check: can the frozen base be steered at all? One controller per ground-truth subgoal (paper: Fig. 4)
-# ----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def lower_residual(run: Run, base: BaseModel, cells):
-    """The residual that is controlled, (B, T, D): the lower blocks have memory only where memory = full."""
-    keep = torch.full(cells.shape[:2], 1.0 if run.config.memory == "full" else -1.0, device=run.device)
-    return base.lower(cells, keep)[0]
-
-
-def mean_residual(run: Run, base: BaseModel):
-    """Mean of the controlled residual over expert data (D,), or 0 where control is not centred."""
-    c = run.config
-    if not c.centred:
-        return torch.zeros(c.dim, device=run.device)
-    if run.world.ant and c.ant_spliced:
-        episodes = spliced_episodes(run, 256, np.random.default_rng(10**9 + STREAMS["test"]))
-    else:
-        episodes = held_out(run)
-    return lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))[run.tensor(episodes.mask)].mean(0)
-
-
-def steer(run: Run, base: BaseModel) -> tuple[Labels, dict]:
-    """Train ground-truth controllers on pretraining tasks, then switch them by hand on the post-training task."""
-    c = run.config
-    rng, generator = run.start("steer")
-    labels = Labels(c, mean_residual(run, base), len(run.world.subgoals)).to(run.device)
-    data = ExpertData(run, rng, c.steer_batch)
-    optimiser, scheduler = adamw(labels, c.steer_lr, c.steer_steps)
-    for step in range(1, c.steer_steps + 1):
-        episodes = data.next()
-        subgoal, changed = subgoals(run.world, episodes)
-        residual = lower_residual(run, base, run.tensor(episodes.asked))
-        controller = labels.controller(run.tensor(np.maximum(subgoal, 0)))
-        keep = memory_after(run.tensor(changed).float(), c.memory)
-        logits, _ = base.upper(apply_controller(residual, controller, labels.mean), keep)
-        loss = action_nll(base, logits, episodes, run).sum(1).mean()
-        update(labels, loss / episodes.mask.shape[1], [optimiser], [scheduler])
-        if step % 50 == 0 or step == c.steer_steps:
-            run.log(step, c.steer_steps, "steps", excess=loss.item() - expert_entropy(episodes))
-    result = rollout(run, base, LabelPilot(labels), c.eval_episodes, rng, generator)
-    run.say(f"ground-truth controllers: post-training success {result.reward.mean():.3f}")
-    return labels, {
-        "steer_success": result.reward.mean().item(),
-        "steer_visits": result.visits.mean(),
-        "minutes_steer": run.seconds() / 60,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------
-# Rollouts: the base model acts in the environment, and a pilot may steer its residual stream
-# ----------------------------------------------------------------------------------------------------
-
-
-class RawPilot:
-    """No control: the base model left alone, with its full memory."""
-
-    memory = "full"
-
-    def begin(self, B: int, run: Run) -> None:
-        self.opened = torch.zeros(B, device=run.device)
-
-    def steer(self, residual, batch, alive):
-        """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
-        return residual, self.opened[: len(residual)]
-
-    def select(self, kept) -> None:
-        pass
-
-
-class LabelPilot:
-    """Ground-truth controllers, switched by hand when the true subgoal changes."""
-
-    def __init__(self, labels: Labels):
-        self.labels = labels
-
-    def begin(self, B: int, run: Run) -> None:
-        self.run, self.memory = run, run.config.memory
-        self.subgoal = torch.full((B,), -1, device=run.device)
-
-    def steer(self, residual, batch, alive):
-        subgoal = self.run.tensor(batch.subgoal())
-        opened = (subgoal != self.subgoal).float()
-        self.subgoal = subgoal
-        return apply_controller(residual, self.labels.controller(subgoal), self.labels.mean), opened
-
-    def select(self, kept) -> None:
-        self.subgoal = self.subgoal[kept]
-
-
-class CodePilot:
-    """The metacontroller in phase 3: `choose` gives a new code where the gate opens, else the code is held.
-
-    The gate is H(beta_t - threshold); at the first step it is open. (Alg. 1)
-    """
-
-    def __init__(self, meta: Metacontroller, choose):
-        self.meta, self.choose = meta, choose
-
-    def begin(self, B: int, run: Run) -> None:
-        c, device = run.config, run.device
-        self.threshold, self.memory = c.rl_threshold, c.memory
-        self.history = torch.zeros(1, B, c.history_dim, device=device)
-        self.code = torch.zeros(B, c.code_dim, device=device)
-        self.out = torch.zeros(B, c.rank, c.dim, device=device)  # the controller in force, decoded once a switch
-        self.inn = torch.zeros(B, c.rank, c.dim, device=device)
-        self.first = True
-        self.choose.begin(B, run)
-
-    def steer(self, residual, batch, alive):
-        opened = self.meta.gate(residual, self.history[0], self.code) > self.threshold
-        opened |= self.first
-        self.first = False
-        if opened.any():
-            self.code[opened] = self.choose(residual[opened], opened, alive)
-            self.out[opened], self.inn[opened] = self.meta.controller(self.code[opened])
-        _, self.history = self.meta.history(residual[:, None], self.history)
-        return apply_controller(residual, (self.out, self.inn), self.meta.mean), opened.float()
-
-    def select(self, kept) -> None:
-        self.history = self.history[:, kept]
-        self.code, self.out, self.inn = self.code[kept], self.out[kept], self.inn[kept]
-        self.choose.select(kept)
-
-
-class PriorCodes:
-    """Codes drawn from the prior N(0, I): what exploration looks like before any learning."""
-
-    def __init__(self, generator):
-        self.generator = generator
-
-    def begin(self, B: int, run: Run) -> None:
-        self.size = run.config.code_dim
-
-    def __call__(self, residual, opened, alive):
-        shape = len(residual), self.size
-        return torch.randn(shape, generator=self.generator, device=residual.device)
-
-    def select(self, kept) -> None:
-        pass
-
-
-class Result(NamedTuple):
-    """N finished episodes."""
-
-    reward: torch.Tensor  # (N,)
-    visited: np.ndarray  # (N, T) colour visited by each step, else -1
-    switched: np.ndarray  # (N, T) open gates
-    inputs: np.ndarray  # (N, T, O + W + 1) | (N, T, F) observations, empty unless recorded
-    actions: torch.Tensor  # (N, T) | (N, T, 8), empty unless recorded
-    log_prob: torch.Tensor  # (N, T) of the sampled actions
-    mask: np.ndarray  # (N, T) steps that were lived
-    steps: int  # model steps computed: the sum of the mask, since the dead are dropped
-
-    @property
-    def visits(self) -> np.ndarray:
-        """Visits per episode, (N,)."""
-        return (self.visited >= 0).sum(axis=1)
-
-
-def join_results(parts: list[Result]) -> Result:
-    """Chunks of episodes -> one Result, padded to the longest."""
-    T = max(part.mask.shape[1] for part in parts)
-
-    def pad(value, fill):
-        if not value.shape[1]:  # not recorded
-            return value
-        if isinstance(value, np.ndarray):
-            return np.pad(value, [(0, 0), (0, T - value.shape[1])] + [(0, 0)] * (value.ndim - 2), constant_values=fill)
-        return F.pad(value, [0, 0] * (value.ndim - 2) + [0, T - value.shape[1]], value=fill)
-
-    columns = {name: [getattr(part, name) for part in parts] for name in Result._fields}
-    joined = {"reward": torch.cat(columns["reward"]), "steps": sum(columns["steps"])}
-    for name, fill in (("visited", -1), ("switched", 0), ("inputs", 0), ("mask", 0)):
-        joined[name] = np.concatenate([pad(value, fill) for value in columns[name]])
-    for name in ("actions", "log_prob"):
-        joined[name] = torch.cat([pad(value, 0) for value in columns[name]])
-    return Result(**joined)
-
-
-def rollout(
-    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False, chunk=2048
-) -> Result:
-    """`count` episodes of the post-training task on random solvable layouts.
-
-    temperature scales the base's action logits; record keeps observations; roam lets wrong visits pass (for
-    counting transitions). Episodes step together and are dropped when they end: cost follows the living. Chunks
-    keep the working set in the processor's cache.
-    """
-    parts = []
-    for start in range(0, count, chunk):
-        B = min(chunk, count - start)
-        layout, _, _, _ = envs.solvable_layouts(run.world, [run.world.post], B, rng)
-        batch = envs.make_batch(run.world, layout, [run.world.post] * B, rng, roam, torch.get_num_threads())
-        parts.append(_rollout_chunk(run, base, pilot, batch, generator, temperature, record))
-    return join_results(parts)
-
-
-@torch.no_grad()
-def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperature, record) -> Result:
-    B, T = len(batch), run.world.limit
-    visited = np.full((B, T), -1, dtype=np.int8)
-    switched, mask = np.zeros((B, T), dtype=bool), np.zeros((B, T), dtype=bool)
-    inputs, actions = [], []
-    log_prob, reward = torch.zeros(B, T, device=run.device), torch.zeros(B, device=run.device)
-    alive, state = np.arange(B), base.initial(B)
-    pilot.begin(B, run)
-    for t in range(T):
-        seen = batch.inputs()
-        rows = run.tensor(alive)
-        keep_lower = torch.full((len(alive), 1), 1.0 if pilot.memory == "full" else -1.0, device=run.device)
-        residual, state = base.lower(run.tensor(seen)[:, None], keep_lower, state)
-        controlled, opened = pilot.steer(residual[:, 0], batch, alive)
-        keep = (1 - opened)[:, None] if pilot.memory == "segment" else keep_lower
-        output, state = base.upper(controlled[:, None], keep, state)
-        if not output.isfinite().all():
-            raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
-        action = base.action_head.sample(output[:, 0], temperature, generator)
-        visit, gain, done = batch.step(action.cpu().numpy())
-        visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
-        if record:
-            inputs.append(np.zeros((B, *seen.shape[1:]), dtype=seen.dtype))
-            actions.append(action.new_zeros(B, *action.shape[1:]))
-            inputs[t][alive], actions[t][rows] = seen, action
-            log_prob[rows, t] = base.action_head.log_prob(output[:, 0], action, temperature)
-        reward[rows] += run.tensor(gain)
-        if done.any():  # drop the dead
-            alive, kept = alive[~done], run.tensor(~done)
-            batch.select(~done)
-            pilot.select(kept)
-            state = [tuple(part[kept] for part in block) for block in state]
-        if not len(alive):
-            break
-    T = t + 1
-    return Result(
-        reward,
-        visited[:, :T],
-        switched[:, :T],
-        np.stack(inputs, axis=1) if record else np.zeros((B, 0)),
-        torch.stack(actions, dim=1) if record else torch.zeros(B, 0),
-        log_prob[:, :T],
-        mask[:, :T],
-        int(mask.sum()),
-    )
-
-
-# ----------------------------------------------------------------------------------------------------
-# Phase 2: discover controllers and when to switch them (paper: Sec. 3, App. D.2, Eq. 3)
-# ----------------------------------------------------------------------------------------------------
-
-
-def mirrored(run: Run, episodes: envs.Episodes, generator):
-    """The observations of a rotated or reflected copy of each episode, (B, T + 1, O + W + 1).
-
-    A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones:
-    a code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
-    """
-    if not run.config.mirror:
-        return run.tensor(episodes.inputs())
-    if run.world.ant:
-        turns, legs = torch.randint(4, (2, len(episodes.mask)), generator=generator, device=run.device).cpu().numpy()
-        view = envs.turn_ant(run.world, episodes.inputs(), turns, legs)
-        view[..., : envs.ant_slices(run.world)["xy"].start] = 0  # no body: nothing for a code to be relative to
-        return run.tensor(view)
-    cells = run.tensor(episodes.inputs())
-    table = run.tensor(envs.mirror_table(run.world.size))
-    symmetry = torch.randint(len(table), (len(cells), 1, 1), generator=generator, device=run.device)
-    return table[symmetry, cells]
-
-
-def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, brief=False):
-    """What the encoder makes of a mirrored copy of the episodes: mean, log_std of the proposals, (B, T, Z).
-
-    brief: it reads only the steps that lead into another cell, and those between take over their proposal. The spliced
-    ants that it has learned from enter a cell with most of their steps, a simulated one with every 60th.
-    """
-    view, length = lower_residual(run, base, mirrored(run, episodes, generator)), run.tensor(episodes.lengths())
-    if not brief:
-        return meta.encode(view, length)
-    cell = base.embed.places(run.tensor(episodes.inputs()))[..., -1, :].floor()
-    step = torch.arange(cell.shape[1], device=run.device)
-    entry = ((cell != shift_right(cell)).any(-1) | (step == 0)) & (step < length[:, None])
-    number, count = entry.cumsum(1) - 1, entry.sum(1)  # of the entry that each step belongs to
-    entries = length[:, None].repeat(1, int(count.max()) + 1)  # the last observation closes each sequence
-    rows, steps = torch.nonzero(entry, as_tuple=True)
-    entries[rows, number[entry]] = steps
-    parts = meta.encode(view.gather(1, entries[..., None].expand(-1, -1, view.shape[-1])), count)
-    return tuple(part.gather(1, number[:, :-1, None].expand(-1, -1, meta.code_dim)) for part in parts)
-
-
-def discovery_loss(
-    run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator, kl_weight, stage
-):
-    """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
-
-    The KL is charged at every step, as in the paper, or where the gate opens (`kl_at_switches`). Gradients
-    flow through the frozen upper blocks. The gate and the encoder see the trajectory; the base is steered where the
-    expert was asked, which is somewhere else for a share `elsewhere` of the actions: a heading would not help there,
-    the subgoal does. stage: "free" is the paper's loss; "held", codes serve a minimal time and
-    no gradient reaches the gate through what the base remembers, or it would stay shut to keep memory before there
-    are codes worth switching to; "blind", the base has no memory at all, so that the code must say everything.
-    """
-    c = run.config
-    mask = run.tensor(episodes.mask)
-    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
-    mean, log_std = posterior(run, base, meta, episodes, generator)
-    noise = torch.randn(mean.shape, generator=generator, device=run.device)
-    hold = None
-    if c.hold and stage == "held":
-        hold = torch.randint(c.hold + 1, (len(mask),), generator=generator, device=run.device)
-    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hold)
-    keep = memory_after(gate if stage == "free" else gate.detach(), "none" if stage == "blind" else c.memory)
-    if c.elsewhere:
-        residual = lower_residual(run, base, run.tensor(episodes.asked))
-    logits, _ = base.upper(apply_controller(residual, meta.controller(code), meta.mean), keep)
-    nll = action_nll(base, logits, episodes, run, c.soft_targets).sum(1).mean()
-    # In proportion to the gate a half-open one would get its code at half the price, and gates would stay soft
-    price = mask * gate * (1 + 0.5 * (1 - gate)) if c.kl_at_switches else mask
-    kl = (code_kl(mean, log_std) * price).sum(1).mean()
-    stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
-    return nll + kl_weight * kl, stats
-
-
-def discover(run: Run, base: BaseModel) -> tuple[Metacontroller, dict]:
-    """Train the metacontroller on the frozen base, then measure switches and codes -> (meta, metrics)."""
-    c = run.config
-    rng, generator = run.start("discover")
-    meta = Metacontroller(c, mean_residual(run, base)).to(run.device)
-    data = ExpertData(run, rng, c.discover_batch)
-    optimiser, scheduler = adamw(meta, c.discover_lr, c.discover_steps)
-    first, last = c.kl_ramp
-    for step in range(1, c.discover_steps + 1):
-        episodes = data.next()
-        kl_weight = c.kl_weight * min(1.0, max(0.0, (step - first) / (last - first)))
-        stage = "blind" if step <= c.discover_blind else "held" if step <= c.discover_held else "free"
-        loss, stats = discovery_loss(run, base, meta, episodes, generator, kl_weight, stage)
-        update(meta, loss / 10, [optimiser], [scheduler])
-        if step % 50 == 0 or step == c.discover_steps:
-            stats["excess"] = stats.pop("nll") - expert_entropy(episodes)
-            run.log(step, c.discover_steps, "steps", **stats)
-    meta.requires_grad_(False)
-    minutes = run.seconds() / 60
-    metrics = {**switch_metrics(run, base, meta), **random_code_metrics(run, base, meta), "minutes_discover": minutes}
-    for line in raster(run, base, meta):
-        run.say(line)
-    return meta, metrics
-
-
-def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int = 1) -> float:
-    """Share of `marks` (N, T) with one of `others` at most `tolerance` steps away; 0 where there are none."""
-    wide = np.pad(others, ((0, 0), (tolerance, tolerance)))
-    near = np.lib.stride_tricks.sliding_window_view(wide, 2 * tolerance + 1, axis=1).any(axis=-1)
-    return float((marks & near).sum() / max(1, marks.sum()))
-
-
-def simulated(run: Run) -> bool:
-    """Whether held-out episodes, which are simulated, have another pace than those that were learned from."""
-    return run.world.ant and run.config.ant_spliced > 0
-
-
-@torch.no_grad()
-def hard_codes(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, generator):
-    """Codes and gates with the gate rounded as in phase 3, and the KL: (B, T, Z), (B, T), (B, T)."""
-    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
-    mean, log_std = posterior(run, base, meta, episodes, generator, brief=simulated(run))
-    noise = torch.randn(mean.shape, generator=generator, device=run.device)
-    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, hard=True)
-    return code, gate, code_kl(mean, log_std)
-
-
-@torch.no_grad()
-def switch_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
-    """Switches against true subgoal changes (+-1 step, ant: +-5; first step excluded), and what the codes mean.
-
-    Beside them a random switcher of the same rate, and the read-out of the true subgoal and of the expert's next
-    action from the code at a switch, by a small MLP, on layouts it has not seen.
-    """
-    rng, generator = run.start("evaluate")
-    episodes = held_out(run)
-    subgoal, changed = subgoals(run.world, episodes)
-    code, gate, kl = hard_codes(run, base, meta, episodes, generator)
-    adopted = (gate > 0.5).cpu().numpy() & episodes.mask
-    switched = adopted.copy()
-    switched[:, 0] = False
-    later = episodes.mask.copy()
-    later[:, 0] = False
-    by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
-    at = run.tensor(adopted)
-    tolerance = 5 if run.world.ant else 1
-    metrics = {
-        "switch_precision": share_near(switched, changed, tolerance),
-        "switch_recall": share_near(changed, switched, tolerance),
-        "random_switch_precision": share_near(by_chance, changed, tolerance),
-        "random_switch_recall": share_near(changed, by_chance, tolerance),
-        "switches_per_episode": float(switched.sum() / len(switched)),
-        "true_changes_per_episode": float(changed.sum() / len(changed)),
-        "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
-        "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
-    }
-    if not run.world.ant:
-        best = run.tensor(episodes.expert.argmax(-1))
-        metrics["action_from_code_accuracy"] = fit_readout(run, code[at], best[at], hidden=64)
-    return metrics
-
-
-def random_code_metrics(run: Run, base: BaseModel, meta: Metacontroller) -> dict:
-    """Codes drawn from the prior: do they reach transitions that pretraining never showed, and the final task?"""
-    c = run.config
-    rng, generator = run.start("evaluate")
-    pilot = CodePilot(meta, PriorCodes(generator))
-    roaming = rollout(run, base, pilot, c.eval_episodes, rng, generator, c.rl_temperature, roam=True)
-    table = transition_table(run.world, roaming.visited)
-    unseen = sorted(run.world.transitions(run.world.post))
-    trials = rollout(run, base, pilot, c.random_episodes, rng, generator, c.rl_temperature)
-    metrics = {
-        "unseen_transition_probability": float(np.mean([table[a, b] for a, b in unseen])),
-        "random_code_success": trials.reward.mean().item(),
-        "counting_success": run.world.counting_success,
-    }
-    run.say("random codes: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    return metrics
-
-
-def transition_table(world: envs.TaskSet, visited: np.ndarray) -> np.ndarray:
-    """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1).
-
-    visited (N, T) holds the colour visited by each step or -1. A subgoal is completed when its colours are visited
-    one after the other; the last column counts what completes none.
-    """
-    n, length = len(world.subgoals), len(world.subgoals[0])
-    counts = np.zeros((n, n + 1))
-    for row in visited:
-        sequence = row[row >= 0]
-        for i in range(len(sequence) - 2 * length + 1):
-            before, after = tuple(sequence[i : i + length]), tuple(sequence[i + length : i + 2 * length])
-            if before in world.subgoals:
-                a = world.subgoals.index(before)
-                counts[a, world.subgoals.index(after) if after in world.subgoals else n] += 1
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> list[str]:
     """Lines for the terminal: true subgoals over switch marks (|), for a few held-out episodes."""
-    _, generator = run.start("figures")
-    episodes = held_out(run).take(np.arange(count))
+    episodes = run.held_out().take(np.arange(count))
     subgoal, _ = subgoals(run.world, episodes)
-    _, gate, _ = hard_codes(run, base, meta, episodes, generator)
+    _, _, gate, _ = encode(run, base, meta, episodes, *run.start("figures"))
     lines = []
     for i in range(count):
         steps = episodes.mask[i].sum()
@@ -1454,302 +1310,19 @@ def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> l
     return lines
 
 
-# ----------------------------------------------------------------------------------------------------
-# Phase 3: internal RL, and RL on raw actions through the same loop (paper: App. C.5, Algorithms 1-3)
-# ----------------------------------------------------------------------------------------------------
-
-
-class Contracted(nn.Module):
-    """One recurrent block on contracted time: its state advances only at switches. (App. C.5)"""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.inp = nn.Linear(c.dim, c.policy_dim)
-        self.block = Block(replace(c, block="hawk", dim=c.policy_dim, mlp=2 * c.policy_dim, gated_mlp=True))
-        self.norm = nn.RMSNorm(c.policy_dim)
-
-    def initial(self, B: int):
-        return self.block.mixer.initial(B)
-
-    def forward(self, residual, state=None):
-        """residual (B, K, D) at K successive switches -> features (B, K, policy_dim), state."""
-        state = self.initial(len(residual)) if state is None else state
-        keep = torch.ones(residual.shape[:2], device=residual.device)
-        x, state = self.block(self.inp(residual), keep, state)
-        return self.norm(x), state
-
-
-class Policy(nn.Module):
-    """Causal policy over codes: a Gaussian, at first the codes' prior: mean 0, standard deviation `policy_std`."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.body = Contracted(c)
-        self.mean = nn.Linear(c.policy_dim, c.code_dim)
-        nn.init.zeros_(self.mean.weight)
-        nn.init.zeros_(self.mean.bias)
-        self.log_std = nn.Parameter(torch.full((c.code_dim,), math.log(c.policy_std)))
-
-    def forward(self, residual, state=None):
-        """residual (B, K, D) at K successive switches -> mean (B, K, Z), log_std (Z,), state."""
-        features, state = self.body(residual, state)
-        return self.mean(features), self.log_std, state
-
-
-class Critic(nn.Module):
-    """Chance of success, as a logit, at a switch, before its code is chosen. It starts where RL does: near 0."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.body = Contracted(c)
-        self.value = nn.Linear(c.policy_dim, 1)
-        nn.init.constant_(self.value.bias, -5.0)
-
-    def forward(self, residual):
-        """residual (B, K, D) at all switches of B episodes -> logits (B, K)."""
-        return self.value(self.body(residual)[0])[..., 0]
-
-
-class Batch(NamedTuple):
-    """What RL learns from: N episodes of K decisions. For internal RL a decision is a code, for raw RL an action."""
-
-    inputs: torch.Tensor  # (N, K, D) residual at the switch | (N, K, O + W + 1) observation
-    chosen: torch.Tensor  # (N, K, Z) code | (N, K) action
-    log_prob: torch.Tensor  # (N, K) when it was chosen
-    mask: torch.Tensor  # (N, K) decisions that were made
-    reward: torch.Tensor  # (N,) terminal
-
-
-class PolicyCodes:
-    """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more.
-
-    Without `sample` they are the means of the policy, only to evaluate it.
-    """
-
-    def __init__(self, policy: Policy, generator, most: int, sample: bool = True):
-        self.policy, self.generator, self.most, self.sample, self.chunks = policy, generator, most, sample, []
-
-    def begin(self, B: int, run: Run) -> None:
-        self.state = self.policy.body.initial(B)
-        self.entries = []
-        self.chunks.append((B, self.entries))
-
-    def __call__(self, residual, opened, alive):
-        mean, log_std, state = self.policy(residual[:, None], tuple(part[opened] for part in self.state))
-        for part, new in zip(self.state, state):
-            part[opened] = new
-        mean = mean[:, 0]
-        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
-        code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
-        rows = torch.from_numpy(alive).to(mean.device)[opened]
-        self.entries.append((rows, residual, code, gaussian_log_prob(code, mean, log_std)))
-        return code
-
-    def select(self, kept) -> None:
-        self.state = tuple(part[kept] for part in self.state)
-
-    def batch(self, reward) -> Batch:
-        """All chunks since construction, in contracted time: decision k of an episode is its k-th switch.
-
-        Only the first `most` decisions are kept: an agent that walks in circles may switch at every step.
-        """
-        sizes = [B for B, _ in self.chunks]
-        starts = np.cumsum([0, *sizes[:-1]])
-        rows = torch.cat([r + start for (_, entries), start in zip(self.chunks, starts) for r, *_ in entries])
-        residual, code, log_prob = (
-            torch.cat([entry[i] for _, entries in self.chunks for entry in entries]) for i in (1, 2, 3)
-        )
-        order = torch.argsort(rows, stable=True)
-        counts = torch.bincount(rows, minlength=sum(sizes))
-        first = torch.cumsum(counts, 0) - counts
-        index = torch.arange(len(rows), device=rows.device) - first[rows[order]]
-        order, index = order[index < self.most], index[index < self.most]
-
-        def spread(values):
-            table = values.new_zeros(len(counts), min(self.most, int(counts.max())), *values.shape[1:])
-            table[rows[order], index] = values[order]
-            return table
-
-        return Batch(spread(residual), spread(code), spread(log_prob), spread(torch.ones_like(log_prob)), reward)
-
-
-class InternalLearner:
-    """RL inside the model: base, metacontroller and gate are frozen, the policy over codes learns."""
-
-    def __init__(self, run: Run, base: BaseModel, meta: Metacontroller, policy: Policy):
-        self.run, self.base, self.meta, self.model = run, base, meta, policy
-        others = [parameter for name, parameter in policy.named_parameters() if name != "log_std"]
-        std = {"params": [policy.log_std], "lr": run.config.rl_std_lr}
-        self.optimiser = torch.optim.Adam([{"params": others}, std], lr=run.config.rl_lr)
-        self.critic = Critic(run.config).to(run.device) if run.config.rl_lambda < 1 else None
-
-    def collect(self, count: int, rng, generator, sample: bool = True) -> Batch:
-        codes = PolicyCodes(self.model, generator, self.run.config.rl_decisions, sample)
-        pilot = CodePilot(self.meta, codes)
-        result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.rl_temperature)
-        return codes.batch(result.reward)
-
-    def log_prob(self, inputs, chosen):
-        mean, log_std, _ = self.model(inputs)
-        return gaussian_log_prob(chosen, mean, log_std)
-
-
-class RawLearner:
-    """The baseline: the same objective, without a critic, fine-tunes the base itself; a decision is a raw action."""
-
-    def __init__(self, run: Run, base: BaseModel):
-        self.run, self.model, self.critic = run, base, None
-        self.optimiser = torch.optim.Adam([p for p in base.parameters() if p.requires_grad], lr=run.config.raw_lr)
-
-    def collect(self, count: int, rng, generator) -> Batch:
-        result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
-        cells, mask = self.run.tensor(result.inputs), self.run.tensor(result.mask).float()
-        return Batch(cells, result.actions, result.log_prob, mask, result.reward)
-
-    def log_prob(self, inputs, chosen):
-        if len(inputs) <= 32:
-            return self._log_prob(inputs, chosen)
-        # Many long sequences: recompute the activations in the backward pass, part by part, to save memory.
-        parts = zip(inputs.split(32), chosen.split(32))
-        return torch.cat([checkpoint(self._log_prob, *part, use_reentrant=False) for part in parts])
-
-    def _log_prob(self, inputs, chosen):
-        keep = torch.ones(inputs.shape[:2], device=inputs.device)
-        return self.model.action_head.log_prob(self.model(inputs, keep), chosen)
-
-
-def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N, K or 1) -> scalar."""
-    ratio = torch.exp((log_prob - old_log_prob) * mask)
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(gain * mask).sum() / mask.sum()
-
-
-def terminal_advantage(reward):
-    """A = (R - mean R) / (std R + 1e-3) over the batch, the same for all decisions of an episode: (N,) -> (N,)."""
-    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
-
-
-def value_loss(logits, reward, mask):
-    """Cross-entropy of the critic's chances, mean over decisions: logits, mask (N, K), reward (N,) -> scalar."""
-    loss = F.binary_cross_entropy_with_logits(logits, reward[:, None].expand_as(logits), mask, reduction="sum")
-    return loss / mask.sum()
-
-
-def lambda_advantage(value, reward, mask, decay: float):
-    """GAE over decisions, normalised: value, mask (N, K), reward (N,) -> (N, K).
-
-    A_k = delta_k + lambda A_{k+1}, delta_k = V_{k+1} - V_k; R takes the place of V after the last decision. A decision
-    is judged by where it led rather than by all that its episode did later.
-    """
-    rows, last = torch.arange(len(value), device=value.device), mask.sum(1).long() - 1
-    after = F.pad(value[:, 1:], (0, 1))
-    after[rows, last] = reward
-    advantage = (after - value) * mask
-    for k in reversed(range(mask.shape[1] - 1)):
-        advantage[:, k] += decay * advantage[:, k + 1]
-    mean = advantage.sum() / mask.sum()
-    std = ((advantage - mean).square() * mask).sum().div(mask.sum()).sqrt()
-    return (advantage - mean) / (std + 1e-3) * mask
-
-
-def thin(batch: Batch, failures: int, generator) -> Batch:
-    """All successes of a batch and at most so many of its failures, drawn at random.
-
-    What is left has the gradient of the whole in expectation, up to a factor: the advantages of its failures add up to
-    minus those of its successes, as they do in the whole.
-    """
-    failed = torch.nonzero(batch.reward == 0)[:, 0]
-    if len(failed) <= failures:
-        return batch
-    kept = torch.ones_like(batch.reward, dtype=torch.bool)
-    kept[failed[torch.randperm(len(failed), generator=generator, device=failed.device)[failures:]]] = False
-    return Batch(*(part[kept] for part in batch))
-
-
-def reinforce(run: Run, phase: str, learner) -> list[tuple[int, float]]:
-    """Clipped REINFORCE on one terminal reward -> [(episodes, success of that batch)].
-
-    What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. Only internal RL with --rl_lambda below 1 has them: its decisions are few, so a critic soon tells
-    which of them led on. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch.
-    """
-    c = run.config
-    rng, generator = run.start(phase)
-    curve, episodes, critic = [], 0, learner.critic
-    critic_optimiser = torch.optim.Adam(critic.parameters(), lr=c.rl_lr) if critic else None
-    rates = [group["lr"] for group in learner.optimiser.param_groups]
-    while episodes < c.rl_episodes:
-        if c.rl_anneal:  # first where the codes should lie, then how precisely: a deviation of 0.1 learns no more
-            done = episodes / c.rl_episodes
-            for group, rate, factor in zip(learner.optimiser.param_groups, rates, (1 - done, done)):
-                group["lr"] = rate * factor
-        # collect
-        batch = learner.collect(c.rl_batch, rng, generator)
-        episodes += c.rl_batch
-        curve.append((episodes, batch.reward.mean().item()))
-        decisions = batch.mask.sum(1).mean().item()
-        if phase == "raw":
-            batch = thin(batch, c.raw_failures, generator)
-        # advantage
-        if critic:
-            with torch.no_grad():
-                value = torch.sigmoid(critic(batch.inputs))
-            advantage = lambda_advantage(value, batch.reward, batch.mask, c.rl_lambda)
-        else:
-            advantage = terminal_advantage(batch.reward)[:, None]
-        # update: without a critic and without a single success every advantage, hence the gradient, is exactly zero
-        if advantage.any():
-            for _ in range(c.rl_epochs):
-                for index in torch.randperm(len(batch.reward), generator=generator, device=run.device).chunk(
-                    c.rl_minibatches
-                ):
-                    longest = int(batch.mask[index].sum(1).max())
-                    inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                    credit = advantage[index, :longest]
-                    loss = policy_loss(learner.log_prob(inputs, chosen), old, credit, mask, c.rl_clip)
-                    update(learner.model, loss, [learner.optimiser], [])
-                    if critic:
-                        update(critic, value_loss(critic(inputs), batch.reward[index], mask), [critic_optimiser], [])
-        # log
-        run.log(episodes, c.rl_episodes, "episodes", success=curve[-1][1], decisions=decisions)
-    return curve
-
-
-def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> tuple[Policy, dict]:
-    """Phase 3 -> (policy, metrics: the learning curve, final success of the policy's samples and of its means)."""
-    started = time.time()
-    run.start("rl")
-    policy = Policy(run.config).to(run.device)
-    learner = InternalLearner(run, base, meta, policy)
-    curve = reinforce(run, "rl", learner)
-    minutes = (time.time() - started) / 60
-    success, mean_success = (
-        learner.collect(4 * run.config.eval_episodes, *run.start("evaluate"), sample).reward.mean().item()
-        for sample in (True, False)
-    )
+def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
+    """Post-training success of the policy, sampled and with its mean codes, on fresh episodes."""
+    learner, count = InternalLearner(run, models["pretrain"], models["discover"], policy), 4 * run.config.eval_episodes
+    success, mean_success = (learner.collect(count, *run.start("evaluate"), sample)[1] for sample in (True, False))
     run.say(f"internal RL: post-training success {success:.3f}, with mean codes {mean_success:.3f}")
-    return policy, {
-        "internal_rl_success": success,
-        "internal_rl_mean_success": mean_success,
-        "curve": curve,
-        "episodes": curve[-1][0] if curve else 0,
-        "minutes_rl": minutes,
-    }
+    return {"internal_rl_success": success, "internal_rl_mean_success": mean_success}
 
 
-def raw_rl(run: Run, base: BaseModel) -> tuple[BaseModel, dict]:
-    """Raw-action RL of a copy of the base, with the same episodes -> (fine-tuned copy, metrics)."""
-    started = time.time()
-    run.start("raw")
-    model = BaseModel(run.config).to(run.device)
-    model.load_state_dict(base.state_dict())
-    learner = RawLearner(run, model)
-    curve = reinforce(run, "raw", learner)
-    minutes = (time.time() - started) / 60
-    success = learner.collect(4 * run.config.eval_episodes, *run.start("evaluate")).reward.mean().item()
+def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
+    """Post-training success of the fine-tuned base on fresh episodes."""
+    success = RawLearner(run, model).collect(4 * run.config.eval_episodes, *run.start("evaluate"))[1]
     run.say(f"raw-action RL: post-training success {success:.4f}")
-    return model, {"raw_rl_success": success, "raw_curve": curve, "minutes_raw": minutes}
+    return {"raw_rl_success": success}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1768,16 +1341,12 @@ def pyplot():
     return plt
 
 
-@torch.no_grad()
 def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -> None:
-    """The soft gate over time on three held-out episodes; the shades are the true subgoals."""
+    """The gate over time on three held-out episodes; the shades are the true subgoals."""
     plt = pyplot()
-    _, generator = run.start("figures")
-    episodes = held_out(run).take(np.arange(3))
+    episodes = run.held_out().take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
-    residual = lower_residual(run, base, run.tensor(episodes.inputs()[:, :-1]))
-    mean, _ = posterior(run, base, meta, episodes, generator, brief=simulated(run))
-    gate = meta.integrate(residual, mean)[1].cpu().numpy()
+    gate = encode(run, base, meta, episodes, *run.start("figures"))[1].cpu().numpy()
     figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
     for i, axis in enumerate(axes):
         steps = int(episodes.mask[i].sum())
@@ -1799,20 +1368,21 @@ def draw_curves(curve, raw_curve, path: Path) -> None:
         if points:
             axis.plot(*zip(*points), label=name)
     axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(-0.02, 1.02))
-    axis.legend()
+    if curve or raw_curve:
+        axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy, path: Path) -> None:
-    """One episode of internal RL on the grid: the path has one colour per held code, circles are switches."""
+    """One episode of internal RL: the path has one colour per held code, circles are switches."""
     plt = pyplot()
     rng, generator = run.start("figures")
-    pilot = CodePilot(meta, PolicyCodes(policy, generator, run.config.rl_decisions))
-    result = rollout(run, base, pilot, 16, rng, generator, run.config.rl_temperature, record=True)
+    pilot = CodePilot(meta, PolicyCodes(policy, generator))
+    result = rollout(run, base, pilot, 16, rng, generator, run.config.temperature, record=True)
     i = int(result.reward.argmax())  # a solved one if there is one
     steps, world = int(result.mask[i].sum()), run.world
-    places = base.embed.places(run.tensor(result.inputs[i, :steps])).cpu().numpy() - 0.5  # (steps, things, 2)
+    places = world.places(result.obs[i, :steps].cpu().numpy()) - 0.5  # (steps, things, 2)
     column, row = places[:, -1].T
     content = np.full((world.size, world.size), -1)
     for thing, (x, y) in enumerate(places[0, :-1].round().astype(int)):
@@ -1821,65 +1391,155 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
     figure, axis = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
     axis.imshow(picture, extent=(-0.5, world.size - 0.5, world.size - 0.5, -0.5))
     held = np.cumsum(result.switched[i, :steps]) - 1
-    jitter = (held - held.max() / 2) * (0 if world.ant else 0.06)  # so that the legs do not hide each other
     for code in range(held.max() + 1):
         part = np.flatnonzero(held == code)
         part = np.append(part, part[-1] + 1)[: steps - part[0]]
-        axis.plot(
-            column[part] + jitter[part[0]], row[part] + jitter[part[0]], color=f"C{code}", label=f"code {code + 1}"
-        )
-        axis.plot(column[part[0]] + jitter[part[0]], row[part[0]] + jitter[part[0]], "o", color=f"C{code}")
-    axis.set(
-        title=f"{'solved' if result.reward[i] else 'not solved'}: task " + "-".join(map(str, world.post)),
-        xticks=[],
-        yticks=[],
-    )
+        jitter = 0.06 * (code - held.max() / 2)  # so that the legs do not hide each other
+        axis.plot(column[part] + jitter, row[part] + jitter, color=f"C{code}", label=f"code {code + 1}")
+        axis.plot(column[part[0]] + jitter, row[part[0]] + jitter, "o", color=f"C{code}")
+    solved = "solved" if result.reward[i] else "not solved"
+    axis.set(title=f"{solved}: task " + "-".join(map(str, world.post)), xticks=[], yticks=[])
     for colour, (x, y) in enumerate(places[0, : world.colours]):
         axis.text(x - 0.4, y - 0.3, str(colour), fontweight="bold")
-    axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
+    if held.max() < 15:  # more would leave no room for the picture
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Stages and checkpoints: each stage depends on (config, seed, earlier stages) and is done once
+# Running: stages, checkpoints, flags
 # ----------------------------------------------------------------------------------------------------
 
-STAGES = {"pretrain": ("pretrain", "steer"), "discover": ("discover",), "rl": ("rl", "raw")}  # of each --phase
-ORDER = ("pretrain", "steer", "discover", "rl", "raw")
-NEEDS = {
-    "pretrain": (),
-    "steer": ("pretrain",),
-    "discover": ("pretrain",),
-    "rl": ("pretrain", "discover"),
-    "raw": ("pretrain",),
+
+class Failure(Exception):
+    """A run that cannot go on: printed as one line. `status` 2 is bad input, 1 a failed run."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+# Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
+STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7}
+
+
+def check_finite(phase: str, **metrics) -> None:
+    """Raise Failure (a failed run, status 1) if training has diverged."""
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise Failure(f"{phase}: not a finite number: {metrics}; lower the learning rate", 1)
+
+
+class Run:
+    """What every phase needs besides its inputs: config, seed, device, random streams, log."""
+
+    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, quiet=False):
+        self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
+        self.world = make_world(config, torch.get_num_threads())
+        self.phase, self.started, self.shown = "", time.time(), 0.0
+        self._held_out, self.curves = None, {}
+
+    def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
+        """Begin a phase: seed everything for it; returns a numpy and a torch generator."""
+        number = 1000 * self.seed + STREAMS[phase]
+        torch.manual_seed(number)
+        self.phase, self.started, self.shown = phase, time.time(), 0.0
+        return np.random.default_rng(number), torch.Generator(self.device).manual_seed(number)
+
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    def tensor(self, array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def held_out(self) -> envs.Episodes:
+        """Expert trajectories for evaluation: the same for every seed, never trained on."""
+        if self._held_out is None:
+            self._held_out = self.world.held_out(self.config.eval_episodes)
+        return self._held_out
+
+    def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
+        """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
+        check_finite(f"{self.phase}, step {step}", **metrics)
+        elapsed = self.seconds()
+        if step < total and elapsed - self.shown < every:
+            return
+        self.shown = elapsed
+        left = elapsed / max(step, 1) * (total - step)
+        if not self.quiet:
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
+            print(f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}, ETA {left:.0f} s", flush=True)
+        if self.out:
+            with open(self.out / "metrics.csv", "a", newline="") as file:
+                rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
+                csv.writer(file).writerows(rows)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+
+def check_config(c: Config) -> None:
+    """Raise Failure, naming the flag, unless the values of `c` make sense together."""
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            raise Failure(f"--{f.name}={value}: must be one of {', '.join(CHOICES[f.name])}")
+        if f.type in BOUNDS:
+            least, most = BOUNDS[f.type]
+            if not least <= value <= most:  # also where it is no number
+                raise Failure(f"--{f.name}={value}: must be from {least:,} to {most:,}")
+    if c.control_block > c.layers:
+        raise Failure(f"--control_block={c.control_block}: must be at most --layers={c.layers}")
+    if c.dim % c.heads:
+        raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
+    if c.dim < 16:
+        raise Failure(f"--dim={c.dim}: must be at least 16")
+    if c.eval_episodes < 16:
+        raise Failure(f"--eval_episodes={c.eval_episodes}: must be at least 16")
+
+
+class Stage(NamedTuple):
+    """A part of a run that depends on (config, seed, earlier stages) and is done once."""
+
+    phase: str  # the --phase it belongs to
+    needs: tuple[str, ...]  # earlier stages whose models it takes
+    last: str  # the last config field it depends on: changing a later one leaves its checkpoint valid
+    run: object  # function (run, *needed models) -> model
+    build: object  # config -> untrained model, to load a checkpoint into
+    measure: object  # function (run, model, models so far) -> metrics
+
+
+STAGES = {
+    "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
+    "steer": Stage("pretrain", ("pretrain",), "steer_lr", steer, Labels, measure_labels),
+    "discover": Stage("discover", ("pretrain",), "threshold", discover, Metacontroller, measure_codes),
+    "rl": Stage("rl", ("pretrain", "discover"), "policy_dim", internal_rl, Policy, measure_policy),
+    "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
+NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
 
 
-def fields_of(stage: str) -> set[str]:
-    """Config fields on which a stage or those before it depend: changing another leaves its checkpoint valid."""
-    names = [f.name for f in fields(Config)]
-    later = {"pretrain": "rank", "steer": "history_dim", "discover": "rl_episodes", "rl": "raw_lr"}  # not from here on
-    used = set(names[: names.index(later[stage])] if stage in later else names)
-    if stage == "raw":  # it knows no metacontroller and no policy
-        used -= set(names[names.index("rank") : names.index("rl_episodes")])
-        used -= {"rl_decisions", "rl_lr", "rl_std_lr", "rl_lambda", "policy_dim", "policy_std"}
-    return used if stage == "steer" else used - {"steer_steps", "steer_batch", "steer_lr"}
+def write_whole(path: Path, write) -> None:
+    """Write a file whole or not at all; `write` gets the path of a temporary one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
+        raise Failure(f"{path}: cannot write it ({getattr(error, 'strerror', None) or 'disk full?'})", 1) from None
 
 
-def save_checkpoint(run: Run, stage: str, model: nn.Module, metrics: dict) -> None:
-    """Write OUT/stage.pt: plain Python and tensors, whole or not at all."""
-    path = run.out / f"{stage}.pt"
-    plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
-    content = {"config": asdict(run.config), "seed": run.seed, "model": model.state_dict(), "metrics": plain}
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def write_json(path: Path, content) -> None:
+    text = json.dumps(content, indent=1, default=float) + "\n"
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def load_checkpoint(run: Run, stage: str) -> dict | None:
-    """Read OUT/stage.pt, or None. Raises Failure if it belongs to another config or seed."""
-    path = run.out / f"{stage}.pt"
-    if not path.exists():
+def load_checkpoint(run: Run, name: str) -> dict | None:
+    """Read OUT/name.pt, or None. Raises Failure if it belongs to another config or seed."""
+    path = run.out / f"{name}.pt"
+    if not os.path.exists(path):  # False for a name that cannot be one, too
         return None
     try:
         content = torch.load(path, map_location=run.device)
@@ -1890,189 +1550,62 @@ def load_checkpoint(run: Run, stage: str) -> dict | None:
         ) from None
     if seed != run.seed:
         raise Failure(f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out")
-    for name in sorted(fields_of(stage)):
-        ours = getattr(run.config, name)
-        if config.get(name) != ours:
-            raise Failure(f"{path}: made with --{name}={config.get(name)}, this run has {ours}; choose another --out")
-    return content
+    for f in fields(Config):
+        theirs, ours = config.get(f.name), getattr(run.config, f.name)
+        if theirs != ours:
+            raise Failure(f"{path}: made with --{f.name}={theirs}, this run has {ours}; choose another --out")
+        if f.name == STAGES[name].last:
+            return content
 
 
-def build(run: Run, stage: str) -> nn.Module:
-    """An untrained model of the stage, to load a checkpoint into."""
-    c = run.config
-    zeros = torch.zeros(c.dim)
-    model = {
-        "pretrain": lambda: BaseModel(c), "raw": lambda: BaseModel(c), "rl": lambda: Policy(c),
-        "steer": lambda: Labels(c, zeros, len(run.world.subgoals)), "discover": lambda: Metacontroller(c, zeros),
-    }[stage]()  # fmt: skip
-    return model.to(run.device)
-
-
-def run_stage(run: Run, stage: str, models: dict) -> dict:
+def run_stage(run: Run, name: str, models: dict) -> dict:
     """Load the stage if it is finished, else do it and save it. Adds its model to `models`, returns its metrics."""
-    content = load_checkpoint(run, stage)
+    stage, content = STAGES[name], load_checkpoint(run, name)
     if content:
-        models[stage] = build(run, stage)
-        models[stage].load_state_dict(content["model"])
-        models[stage].requires_grad_(stage == "raw")
-        run.say(f"{stage}: loaded {run.out / stage}.pt")
+        models[name] = stage.build(run.config).to(run.device)
+        models[name].load_state_dict(content["model"])
+        models[name].requires_grad_(False)
+        run.say(f"{name}: loaded {run.out / name}.pt")
         return content["metrics"]
-    functions = {"pretrain": pretrain, "steer": steer, "discover": discover, "rl": internal_rl, "raw": raw_rl}
-    models[stage], metrics = functions[stage](run, *(models[name] for name in NEEDS[stage]))
-    save_checkpoint(run, stage, models[stage], metrics)
-    return metrics
-
-
-SEED_KEYS = (
-    "seed", "base_excess_nats", "steer_success", "switch_precision", "switch_recall", "random_switch_precision",
-    "random_switch_recall", "unseen_transition_probability", "random_code_success", "counting_success",
-    "code_accuracy", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success", "episodes", "minutes",
-)  # fmt: skip
-# the ant's also by its expert's success
-NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
-ANT_KEYS = "base_reach", "expert_success", "expert_post_success", *(f"{key}_normalised" for key in NORMALISED)
-
-
-def wanted_stages(phase: str) -> list[str]:
-    """The stages that `--phase` asks for."""
-    return [stage for name in (STAGES if phase == "all" else [phase]) for stage in STAGES[name]]
+    started = time.time()
+    models[name] = stage.run(run, *(models[need] for need in stage.needs))
+    minutes = (time.time() - started) / 60
+    metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
+    check_finite(name, **metrics)
+    if name in run.curves:
+        metrics[f"{name}_curve"] = run.curves[name]
+    plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
+    content = {"config": asdict(run.config), "seed": run.seed, "model": models[name].state_dict(), "metrics": plain}
+    write_whole(run.out / f"{name}.pt", lambda file: torch.save(content, file))
+    return plain
 
 
 def check_checkpoints(run: Run, phase: str) -> None:
     """Raise Failure if a checkpoint belongs to another run or one that `phase` needs is missing. Writes nothing."""
-    wanted = wanted_stages(phase)
-    for stage in ORDER:
-        needed = stage not in wanted and any(stage in NEEDS[other] for other in wanted)
-        if load_checkpoint(run, stage) is None and needed:
-            path = run.out / f"{stage}.pt"
-            raise Failure(f"--phase {phase}: {path} is missing; run --phase {stage} with the same --out first")
-
-
-def run_alone(stage: str, threads: int, *arguments) -> None:
-    """What a process of its own does: `stage`, whose needs are finished, of the Run with these arguments."""
-    torch.set_num_threads(threads)
-    run, models = Run(*arguments), {}
-    try:
-        for name in (*NEEDS[stage], stage):
-            run_stage(run, name, models)
-    except Failure as failure:
-        sys.exit(f"internal_rl: {failure}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def start_beside(run: Run, stage: str, threads: int):
-    """Start `stage` in a process of its own, which ends with ours, and leaves its checkpoint if all goes well."""
-    arguments = stage, threads, run.config, run.seed, run.device, run.out, run.quiet
-    process = torch.multiprocessing.get_context("spawn").Process(target=run_alone, args=arguments, daemon=True)
-    process.start()
-    return process
+    wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
+    for name in STAGES:
+        needed = name not in wanted and any(name in STAGES[other].needs for other in wanted)
+        if load_checkpoint(run, name) is None and needed:
+            path = run.out / f"{name}.pt"
+            raise Failure(f"--phase {phase}: {path} is missing; run --phase {name} with the same --out first")
 
 
 def run_seed(run: Run, phase: str, figures: bool) -> dict:
-    """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far.
-
-    The ant's internal RL and raw-action RL run side by side, as its rollouts gain nothing from a second thread.
-    """
-    models, metrics, threads, beside = {}, {"seed": run.seed}, torch.get_num_threads(), None
-    for stage in ORDER:
-        wanted = stage in wanted_stages(phase) or (run.out / f"{stage}.pt").exists()
-        both_left = not any((run.out / f"{name}.pt").exists() for name in ("rl", "raw"))
-        if wanted and stage == "rl" and both_left and run.world.ant and threads > 1:
-            beside = start_beside(run, "raw", threads // 2)
-            torch.set_num_threads(threads - threads // 2)
-        if stage == "raw" and beside:
-            beside.join()
-            torch.set_num_threads(threads)
-            if beside.exitcode:
-                raise Failure("raw-action RL failed in its process, see above; the same command tries it again", 1)
-        if wanted:
-            metrics |= run_stage(run, stage, models)
-    if run.world.ant:
-        expert = max(metrics["expert_post_success"], 1e-9)
-        metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
+    """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
+    models, metrics = {}, {"seed": run.seed}
+    for name, stage in STAGES.items():
+        if phase in ("all", stage.phase) or (run.out / f"{name}.pt").exists():
+            metrics |= run_stage(run, name, models)
+    expert = max(metrics.get("expert_success", 1.0), 1e-9)
+    metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     if figures and "discover" in models:
         draw_switches(run, models["pretrain"], models["discover"], run.out / "switches.png")
     if figures and "rl" in models:
-        draw_curves(metrics["curve"], metrics.get("raw_curve"), run.out / "rl_curve.png")
+        draw_curves(metrics["rl_curve"], metrics.get("raw_curve"), run.out / "rl_curve.png")
         draw_episode(run, models["pretrain"], models["discover"], models["rl"], run.out / "episode.png")
     return metrics
-
-
-def write_json(path: Path, content) -> None:
-    path.write_text(json.dumps(content, indent=1, default=float) + "\n")
-
-
-# ----------------------------------------------------------------------------------------------------
-# Benchmark
-# ----------------------------------------------------------------------------------------------------
-
-
-def seconds_per_call(function, repeats: int) -> float:
-    """Median seconds of a call, after one warm-up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
-def benchmark(device: torch.device) -> dict:
-    """Speeds of this machine: grid core, expert, discovery against pretraining at the paper's sizes, rollouts."""
-    rng, world = np.random.default_rng(0), envs.TASK_SETS["paper"]
-    B = 8192
-    batch = envs.GridBatch(world, envs.sample_layouts(world, B, rng), [world.post] * B, roam=True)
-    actions = rng.integers(4, size=B)
-    out = {"grid_steps_per_second": B / seconds_per_call(lambda: batch.step(actions), 50)}
-    out["expert_episodes_per_second"] = 4096 / seconds_per_call(
-        lambda: envs.expert_episodes(world, world.pretrain, 4096, rng), 3
-    )
-    c = replace(PAPER, pretrain_batch=64, discover_batch=64)
-    run = Run(c, 0, device, quiet=True)
-    torch.manual_seed(0)
-    generator = torch.Generator(device).manual_seed(0)
-    episodes = envs.expert_episodes(world, world.pretrain, 256, rng)[0]
-    episodes = episodes.take(np.argsort(episodes.mask.sum(1))[96:160])  # B = 64, T about 32
-    base = BaseModel(c).to(device)
-    keep = torch.ones(episodes.mask.shape, device=device)
-    optimisers, schedulers = make_optimisers(c, base, c.pretrain_lr, 100)
-
-    def pretrain_step():
-        update(base, pretrain_loss(run, base, episodes, keep, keep)[0], optimisers, schedulers)
-
-    out["pretrain_step_seconds"] = seconds_per_call(pretrain_step, 5)
-    base.requires_grad_(False)
-    meta = Metacontroller(c, torch.zeros(c.dim)).to(device)
-    optimiser, scheduler = adamw(meta, c.discover_lr, 100)
-
-    def discover_step():
-        update(meta, discovery_loss(run, base, meta, episodes, generator, 0.1, "free")[0], [optimiser], [scheduler])
-
-    out["discover_step_seconds"] = seconds_per_call(discover_step, 5)
-    out["discover_over_pretrain"] = out["discover_step_seconds"] / out["pretrain_step_seconds"]
-    run = Run(GRID["laptop"], 0, device, quiet=True)
-    base, meta = BaseModel(run.config), Metacontroller(run.config, torch.zeros(run.config.dim))
-    for roam in (False, True):  # episodes that end early must cost less
-        started = time.perf_counter()
-        pilot = CodePilot(meta, PriorCodes(generator))
-        steps = rollout(run, base, pilot, 1024, rng, generator, roam=roam).steps
-        name = "rollout_all_alive" if roam else "rollout_mostly_dead"
-        out[f"{name}_steps"], out[f"{name}_seconds"] = steps, time.perf_counter() - started
-    out["peak_memory_gb"] = peak_memory_gb()
-    return out
-
-
-def peak_memory_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ----------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -2087,26 +1620,17 @@ def parse_value(name: str, example, text: str):
     try:
         if isinstance(example, bool):
             return {"true": True, "false": False}[text.lower()]
-        if isinstance(example, tuple):
-            return tuple(type(example[0])(part) for part in text.split(","))
         return type(example)(text.replace("_", "") if isinstance(example, int) else text)
     except (ValueError, KeyError):
-        kind = "true or false" if isinstance(example, bool) else f"like {show(example)}"
+        kind = "true or false" if isinstance(example, bool) else f"a number like {example}"
         raise Failure(f"--{name}={text}: must be {kind}") from None
-
-
-def show(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def config_comments() -> dict[str, str]:
     """The comment beside each field of Config is its help text."""
-    lines = Path(__file__).read_text().split("class Config:")[1].split("\nCLASSROOM")[0].splitlines()
-    found = {}
-    for line in lines:
-        if ": " in line and "#" in line and not line.strip().startswith("#"):
-            found[line.split(":")[0].strip()] = line.split("#", 1)[1].strip()
-    return found
+    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1].split("\nCLASSROOM")[0]
+    halves = [line.strip().split("  # ") for line in source.splitlines()]
+    return {half[0].split(":")[0]: half[1] for half in halves if len(half) == 2}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -2115,19 +1639,18 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--env", choices=list(PRESETS), default="grid", help="which tasks")
-    parser.add_argument("--preset", choices=list(GRID), default="classroom", help="sizes and schedules")
+    parser.add_argument("--preset", choices=list(PRESETS["grid"]), default="classroom", help="sizes and schedules")
     parser.add_argument("--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run")
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: PyTorch's default)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, at most 256 (0: PyTorch's default)")
     parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
-    parser.add_argument("--benchmark", action="store_true", help="print this machine's speeds and stop")
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
     for f in fields(Config):
-        text = f"{comments[f.name]} [{show(f.default)}]".replace("%", "%%")
+        text = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
         group.add_argument(f"--{f.name}", help=text, metavar=type(f.default).__name__.upper())
     return parser
 
@@ -2138,22 +1661,18 @@ def make_config(args) -> Config:
     config = PRESETS[args.env][args.preset]
     if args.fast:
         config = replace(config, **FAST)
-    given = {
-        f.name: parse_value(f.name, f.default, getattr(args, f.name))
-        for f in fields(Config)
-        if getattr(args, f.name) is not None
-    }
+    given = {f.name: (getattr(args, f.name), f.default) for f in fields(Config)}
+    given = {name: parse_value(name, default, text) for name, (text, default) in given.items() if text is not None}
     config = replace(config, **given)
-    world = envs.TASK_SETS.get(config.world)
-    if world and world.ant != (args.env == "ant"):
-        raise Failure(f"--world={config.world}: not a world of --env {args.env}")
     check_config(config)
+    if envs.WORLDS[config.world].kind != args.env:
+        raise Failure(f"--world={config.world}: not a world of --env {args.env}")
     return config
 
 
 def make_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise Failure(f"--device {name}: must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -2161,31 +1680,35 @@ def make_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare_folder(path: Path, config: Config, seed: int) -> None:
-    """Make the folder and write config.json, unless the folder belongs to another config or seed."""
+def prepare_folder(run: Run) -> None:
+    """Make the folder and write config.json."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        content = {"seed": seed, **asdict(config)}
-        (path / "config.json.tmp").write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(path / "config.json.tmp", path / "config.json")
-    except OSError as error:
-        raise Failure(f"--out {path}: cannot write there ({error.strerror})") from None
+        run.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--out {run.out}: cannot write there ({getattr(error, 'strerror', error)})") from None
+    write_json(run.out / "config.json", {"seed": run.seed, **asdict(run.config)})
 
 
 def describe_machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "mujoco", "gymnasium")}
     return {"python": platform.python_version(), **packages}
+
+
+def peak_memory_gb() -> float:
+    """Most memory that this process has had; not known on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def print_summary(metrics: dict) -> None:
@@ -2207,37 +1730,38 @@ def main(argv=None) -> int:
         return 130
 
 
-def run_command(args, argv) -> int:
-    config, device = make_config(args), make_device(args.device)
+def parse_seeds(text: str) -> list[int]:
     try:
-        seeds = [int(text) for text in args.seed.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise Failure(f"--seed {args.seed}: must be a number, or several such as 0,1,2") from None
-    if not 0 <= min(seeds) <= max(seeds) < 10**6:
-        raise Failure(f"--seed {args.seed}: must be between 0 and 999999")
-    if args.threads < 0:
-        raise Failure(f"--threads {args.threads}: must be 0 or more")
+        raise Failure(f"--seed {text}: must be a number, or several such as 0,1,2") from None
+    if not 0 <= min(seeds) <= max(seeds) < 10**6 or len(set(seeds)) < len(seeds):
+        raise Failure(f"--seed {text}: must be different numbers between 0 and 999999")
+    return seeds
+
+
+def run_command(args, argv) -> int:
+    config, device, seeds = make_config(args), make_device(args.device), parse_seeds(args.seed)
+    if not 0 <= args.threads <= 256:
+        raise Failure(f"--threads {args.threads}: must be from 0 to 256")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.benchmark:
-        for name, value in benchmark(device).items():
-            print(f"{name}: {value:,.3g}" if value < 1000 else f"{name}: {value:,.0f}", flush=True)
-        return 0
+    torch.set_flush_denormal(True)  # numbers next to zero are slow and mean nothing here
     if not args.no_figures:
         pyplot()  # say at once if it is missing
     folder = Path(args.out or f"runs/{args.env}-{args.preset}{'-fast' if args.fast else ''}")
     alone = len(seeds) == 1 and args.out
     print(f"internal_rl: --env {args.env} --preset {args.preset}; {versions()}; {describe_machine()}; "
           f"{torch.get_num_threads()} threads; {device}; to {folder}")  # fmt: skip
-    entries = []
     runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}") for seed in seeds]
     for run in runs:
         check_checkpoints(run, args.phase)  # a mismatch must stop us before anything is written
+    entries = []
     for run in runs:
-        prepare_folder(run.out, config, run.seed)
+        prepare_folder(run)
         metrics = run_seed(run, args.phase, not args.no_figures)
         print_summary(metrics)
-        entries.append({key: metrics[key] for key in (*SEED_KEYS, *ANT_KEYS) if key in metrics})
+        entries.append({key: value for key, value in metrics.items() if not isinstance(value, list)})
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
