@@ -126,7 +126,7 @@ class Config:
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Steps = 50_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 1e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
@@ -148,7 +148,7 @@ PRESETS = {
         "classroom": CLASSROOM,
         "laptop": replace(
             CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
-            blind_steps=3000, discover_steps=6500, discover_batch=32, discover_lr=3e-3, kl_weight=0.05,
+            blind_steps=3500, discover_steps=6500, discover_batch=32, discover_lr=3e-3, kl_warmup=1200, kl_weight=0.05,
             rl_episodes=250_000, rl_batch=4096, random_episodes=65_536,
         ),
         "paper": PAPER,
@@ -157,7 +157,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", block="hawk", dim=128, memory="none", jumps=0.2, obs_loss=10.0,
             pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
-            discover_lr=2e-3, kl_weight=0.9, kl_warmup=1000, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
+            discover_lr=2e-3, kl_weight=0.9, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
             eval_episodes=512, random_episodes=4096,
         ),
         "paper": replace(
@@ -734,7 +734,9 @@ class Labels(nn.Module):
         self.inn = nn.Parameter(torch.randn(shape) * c.dim**-0.5)
 
     def controller(self, subgoal):
-        return self.out[subgoal], self.inn[subgoal]
+        """subgoal (...) -> factors (out, inn) of U, each (..., R, D)."""
+        chosen = F.one_hot(subgoal, len(self.out)).to(self.out.dtype)  # an index's gradient is not the same every time
+        return tuple(torch.tensordot(chosen, factor, 1) for factor in (self.out, self.inn))
 
 
 def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np.ndarray]:
