@@ -103,7 +103,7 @@ class Config:
     fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     soft_targets: bool = True  # departure: the expert's probabilities, not its sampled action, as target
-    jumps: Chance = 0.1  # departure: chance per step to go on elsewhere; half of the episodes start on a colour
+    jumps: Chance = 0.1  # departure: chance per step to jump to another cell; half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
     discover_batch: Count = 64  # episodes, here and in phase 2 (paper: 512)
     rank: Count = 16  # of the controllers (paper: 16 on the grid)
