@@ -61,6 +61,10 @@ class Episodes(NamedTuple):
         T = int(self.mask[index].sum(axis=1).max())
         return Episodes(*(part[index, : T + (name == "obs")] for name, part in self._asdict().items()))
 
+    def parts(self, size: int = 64):
+        """`size` episodes after the other: what fits the memory."""
+        return (Episodes(*(part[i : i + size] for part in self)) for i in range(0, len(self.mask), size))
+
 
 @dataclass(frozen=True)
 class World:
@@ -125,8 +129,8 @@ class World:
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         """`count` trajectories of the expert to learn from.
 
-        Jumps: with chance `jumps` a step is followed by a jump to a random cell, and half of the episodes start on a
-        random colour, where there is a way from it. The targets are the expert's actions wherever it is.
+        Jumps: with chance `jumps` a step is followed by a jump to a random free cell, and half of the episodes start
+        on a random colour, where there is a way from it. The targets are the expert's actions wherever it is.
         """
         return self.simulate(self.pretrain, count, rng, self.jumps)[0]
 
@@ -139,41 +143,46 @@ class World:
         return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
 
     def simulate(self, tasks, count: int, rng, jumps: float = 0.0) -> tuple[Episodes, float]:
-        """`count` successful trajectories on random solvable layouts, failures dropped -> episodes, success rate."""
-        parts, made, tried = [], 0, 0
+        """`count` trajectories on random solvable layouts, each up to its last visit -> episodes, success rate."""
+        parts, made, tried, solved = [], 0, 0, 0
         while made < count:
             if tried > 1000 and not made:
-                raise ValueError(f"the expert failed in all of {tried} episodes: a longer limit might help")
+                raise ValueError(f"the expert visited nothing in {tried} episodes: a longer limit might help")
             trials = min(512, count - made)  # fits the processor's cache
-            episodes, success = self._simulate_chunk(tasks, trials, rng, jumps)
-            parts.append([part[success] for part in episodes])
-            made, tried = made + int(success.sum()), tried + trials
-        return Episodes(*(np.concatenate(column) for column in zip(*parts))).take(slice(None)), made / tried
+            episodes, successes = self._simulate_chunk(tasks, trials, rng, jumps)
+            some = episodes.mask.any(axis=1)
+            parts.append([part[some] for part in episodes])
+            made, tried, solved = made + int(some.sum()), tried + trials, solved + successes
+        return Episodes(*(np.concatenate(column) for column in zip(*parts))).take(slice(None)), solved / tried
 
-    def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, np.ndarray]:
+    def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, int]:
+        """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
         layout, tasks, field, _ = solvable_layouts(self, tasks, count, rng)
-        batch, plan, alive = self.start(layout, tasks, rng), self.plan(field, rng), np.arange(count)
+        batch, plan, alive = self.start(layout, tasks, rng), self.plan(field), np.arange(count)
         batch.jump(0.5 * (jumps > 0), field, alive, rng, layout.colours)
-        seen = batch.observe()
+        seen, target, successes = batch.observe(), None, 0
         obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
-        obs[:, 0], target = seen, None
-        goal, success = np.full((count, self.limit), -1), np.zeros(count, dtype=bool)
+        goal, length = np.full((count, self.limit), -1), np.zeros(count, dtype=int)
+        obs[:, 0] = seen
         for t in range(self.limit):
             wanted, action = self.expert(batch, plan, alive, rng)
             if target is None:
                 target = np.zeros((count, self.limit, wanted.shape[1]), dtype=np.float32)
             target[alive, t], goal[alive, t] = wanted, batch.goal()
             visited, reward, done = batch.step(action)
-            batch.jump(jumps * ~(done | (visited >= 0)), field, alive, rng)
+            length[alive[visited == goal[alive, t]]] = t + 1
+            successes += int(reward.sum())
+            batch.jump(jumps * (visited < 0), field, alive, rng)
             obs[alive, t + 1] = batch.observe()
-            success[alive[reward > 0]] = True
             alive = alive[~done]
             batch.select(~done)
             if not len(alive):
                 break
-        return Episodes(obs, target, goal, goal >= 0), success
+        beyond = np.arange(self.limit) >= length[:, None]
+        goal[beyond], target[beyond], obs[:, 1:][beyond] = -1, 0, 0
+        return Episodes(obs, target, goal, goal >= 0), successes
 
-    def plan(self, field: np.ndarray, rng) -> np.ndarray:
+    def plan(self, field: np.ndarray) -> np.ndarray:
         """What the expert looks up when it acts: the distance fields, (B, O, G*G)."""
         return field
 
@@ -264,17 +273,17 @@ class Batch:
     def jump(self, chance, field: np.ndarray, alive: np.ndarray, rng, cells=None) -> None:
         """With this chance (a number or (B,)) an agent goes on from another cell, which is no visit.
 
-        The new cell is one of `cells` (B, K), or any but a wall; it is not the goal, which can be reached from it.
+        The new cell is one of `cells` (B, K), or any free one; it is not the goal, which can be reached from it.
         field (., O, G*G): distances; alive (B,): each episode's row of it.
         """
         chosen = np.flatnonzero(rng.random(len(self)) < chance)
         if cells is None:
-            cell = rng.integers(self.world.size**2, size=len(chosen))
+            cell = one_of(self.content[chosen] < 0, rng)
         else:
             cell = cells[chosen, rng.integers(cells.shape[1], size=len(chosen))]
-        goal, content = self.goal()[chosen], self.content[chosen, cell]
+        goal = self.goal()[chosen]
         reach = field[alive[chosen, None], goal[:, None], neighbour_table(self.world.size)[cell]].min(axis=1)
-        allowed = (content < self.world.colours) & (content != goal) & (reach < FAR)
+        allowed = (self.content[chosen, cell] != goal) & (reach < FAR)
         self.place(chosen[allowed], cell[allowed], rng)
 
     def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
@@ -742,30 +751,16 @@ def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
     return legs.reshape(-1, 8).clip(-1, 1)
 
 
-LEFT_OF = [2, 3, 1, 0]  # the move a quarter turn to the left of each
-
-
-def ant_routes(field: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def ant_routes(field: np.ndarray) -> np.ndarray:
     """The next cell on a shortest path from every cell to every colour, (B, O, G*G); field (B, O, G*G).
 
-    Of several the one from which the others lie to the right, of opposite ones the one to the left of the goal: so
-    the goal decides the way, whichever way the world is turned. Only opposite ones in line with it are left to chance,
-    drawn once per episode. Where there is no way the next cell is the cell itself.
+    Of several always the same one, so that the torques follow from place and goal. Where there is no way the next cell
+    is the cell itself.
     """
-    B, O, cells = field.shape
-    size = round(cells**0.5)
-    neighbour = neighbour_table(size)
     episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
     best = shortest_actions(field, episode, colour, cell)
-    leftmost = best & ~best[:, LEFT_OF]
-    best = np.where(leftmost.any(axis=1, keepdims=True), leftmost, best)
-    goal = field.argmin(axis=-1).reshape(-1).repeat(cells)
-    ahead, step = (np.array(np.divmod(c, size)) for c in (goal, neighbour[cell].T))  # row and column
-    ahead, step = ahead - np.divmod(cell, size), step - np.array(np.divmod(cell, size))[:, None]
-    left = best & (ahead[0] * step[1] < ahead[1] * step[0]).T
-    best = np.where(left.any(axis=1, keepdims=True), left, best)
-    target = np.where(best.any(axis=1), neighbour[cell, one_of(best, rng)], cell)
-    return target.reshape(B, O, cells)
+    step = neighbour_table(round(field.shape[-1] ** 0.5))[cell, best.argmax(axis=1)]
+    return np.where(best.any(axis=1), step, cell).reshape(field.shape)
 
 
 def ant_direction(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -823,13 +818,42 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
     return turned
 
 
+class SplicedBatch(AntBatch):
+    """Ants to learn from, without simulation: a step is one decision, a stride or part of a stride after the last.
+
+    Between two decisions the ant moves on its way, often only a little; how its body moves then is one of
+    `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is drawn at
+    random, so it carries no hint about the goal. Without this the model copies its current velocity and ignores the
+    goal (imitation learning's copycat problem).
+    """
+
+    def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
+        super().__init__(world, layout, tasks, rng, roam)
+        self.rng = rng
+
+    def step(self, way: np.ndarray):
+        """Where each ant walks, (B,) in radians -> visited colour or -1 (B,), reward (B,), done (B,)."""
+        B, rng, half = len(self), self.rng, self.world.half
+        length = 1.5 * STRIDE_LENGTH * rng.random(B) ** 2
+        xy = self.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
+        xy = (xy + 0.04 * rng.standard_normal(xy.shape)).clip(0.01 - half, half - 0.01)
+        cell = self.world.cell_of(xy)
+        content = self.content[self.rows, cell]
+        slipped = (content >= 0) & (content != self.goal()) & (cell != self.cell)
+        xy = np.where(slipped[:, None], self.state[:, XY], xy)  # over a corner: it stays where it was
+        strides = ant_strides(self.world.noise)
+        self.state = rotate_ant(strides[rng.integers(len(strides), size=B)], rng.uniform(-np.pi, np.pi, B))
+        self.state[:, XY] = xy
+        return self.arrive(self.world.cell_of(xy))
+
+
 @dataclass(frozen=True)
 class AntWorld(World):
     """Ant pinpad. An observation is F = 31 + 2 (O + W) numbers, the parts of `parts` in that order."""
 
-    spliced: bool = True  # training episodes are made of decisions a stride apart, not simulated (departure)
-    decisions: int = 24  # of a spliced episode, at most
+    decisions: int = 24  # of a spliced training episode, at most (departure); 0: training episodes are simulated
     noise: float = 0.05  # deviation of the noise on the torques while the expert walks
+    spliced: bool = False  # no simulation: a step is one decision, see `SplicedBatch`
 
     kind = "ant"
     tolerance = 5
@@ -859,61 +883,20 @@ class AntWorld(World):
         return row * self.size + column
 
     def start(self, layout: Layout, tasks, rng, roam=False) -> AntBatch:
-        return AntBatch(self, layout, tasks, rng, roam)
+        return (SplicedBatch if self.spliced else AntBatch)(self, layout, tasks, rng, roam)
 
-    def plan(self, field: np.ndarray, rng) -> np.ndarray:
-        return ant_routes(field, rng)
+    def plan(self, field: np.ndarray) -> np.ndarray:
+        return ant_routes(field)
 
     def expert(self, batch: AntBatch, route, alive, rng):
-        """Trots to the centre of the next cell -> targets (B, 8), the same torques with noise (B, 8)."""
-        torques = trot(batch.state, ant_direction(batch, route, alive))
-        return torques, torques + self.noise * rng.standard_normal(torques.shape)
+        """Trots to the centre of the next cell -> torques (B, 8), what `batch.step` takes: the same with noise."""
+        way = ant_direction(batch, route, alive)
+        torques = trot(batch.state, way)
+        return torques, way if self.spliced else torques + self.noise * rng.standard_normal(torques.shape)
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
-        return self._splice(count, rng) if self.spliced else super().episodes(count, rng)
-
-    def _splice(self, count: int, rng) -> Episodes:
-        """Trajectories without simulation: one decision for each stride or part of a stride.
-
-        Between two decisions the ant moves on its way, often only a little; how its body moves then is one of
-        `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is
-        drawn at random, so it carries no hint about the goal. Without this the model copies its current velocity and
-        ignores the goal (imitation learning's copycat problem). What comes after the last visit is cut off: nobody can
-        tell where an ant goes before it arrives.
-        """
-        T, strides = self.decisions, ant_strides(self.noise)
-        layout, tasks, field, _ = solvable_layouts(self, self.pretrain, count, rng)
-        batch, route, alive = self.start(layout, tasks, rng), ant_routes(field, rng), np.arange(count)
-        batch.jump(0.5 * (self.jumps > 0), field, alive, rng, layout.colours)
-        obs = np.zeros((count, T + 1, self.parts["local"].stop), dtype=np.float32)
-        target = np.zeros((count, T, 8), dtype=np.float32)
-        goal, last = np.full((count, T), -1), np.full(count, T)  # steps up to the last visit
-        obs[:, 0] = batch.observe()
-        for t in range(T):
-            way = ant_direction(batch, route, alive)
-            goal[alive, t], target[alive, t] = batch.goal(), trot(batch.state, way)
-            length = 1.5 * STRIDE_LENGTH * rng.random(len(alive)) ** 2
-            xy = batch.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
-            xy = (xy + 0.04 * rng.standard_normal(xy.shape)).clip(0.01 - self.half, self.half - 0.01)
-            content = batch.content[batch.rows, self.cell_of(xy)]
-            slipped = (content >= 0) & (content != batch.goal()) & (self.cell_of(xy) != batch.cell)
-            xy = np.where(slipped[:, None], batch.state[:, XY], xy)  # over a corner: it stays where it was
-            body = strides[rng.integers(len(strides), size=len(alive))]
-            batch.state = rotate_ant(body, rng.uniform(-np.pi, np.pi, len(alive)))
-            batch.state[:, XY] = xy
-            visited, _, done = batch.arrive(self.cell_of(xy))
-            last[alive[visited >= 0]] = t + 1
-            # A landing on a colour would look like a visit, and here there are many landings: only on free cells.
-            free = one_of(batch.content < 0, rng)[:, None]
-            batch.jump(self.jumps * (visited < 0), field, alive, rng, free)
-            obs[alive, t + 1] = batch.observe()
-            alive = alive[~done]
-            batch.select(~done)
-            if not len(alive):
-                break
-        beyond = np.arange(T) >= last[:, None]
-        goal[beyond], target[beyond], obs[:, 1:][beyond] = -1, 0, 0
-        return Episodes(obs, target, goal, goal >= 0)
+        world = replace(self, spliced=True, limit=self.decisions) if self.decisions else self
+        return super(AntWorld, world).episodes(count, rng)
 
     def floor(self, episodes: Episodes) -> float:
         """Loss of the best possible predictor: not known here, 0."""
@@ -1049,7 +1032,7 @@ WORLDS = {
     "small": GridWorld(5, 4, 1, 100, SINGLES, TABLE_A2, (0, 1, 2, 3, 0, 1)),
     # The paper's ant; `ant-simulated` learns from simulated trajectories, as in the paper.
     "ant": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3)),
-    "ant-simulated": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3), spliced=False),
+    "ant-simulated": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3), decisions=0),
 }
 
 gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)

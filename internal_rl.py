@@ -119,11 +119,11 @@ class Config:
     blind_steps: Steps = 3000  # departure: first steps, in which the steered base has no memory at all
     discover_steps: Steps = 4000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
-    kl_warmup: Steps = 700  # departure: alpha is 0 for this many steps, and grows during as many more
+    kl_warmup: Steps = 250  # departure: alpha is 0 for this many steps, and grows during as many more
     kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
     kl_at_switches: bool = False  # departure of the ant alone: the KL is charged in so far as the gate opens
-    random_episodes: Count = 49_152  # rollouts of random codes, to measure a success of order 1e-4
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
+    policy_dim: Count = 64  # width of the one-block recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
     rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
@@ -131,7 +131,6 @@ class Config:
     rl_lr: Rate = 1e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
-    policy_dim: Count = 64  # width of the one-block recurrent policy (paper: 256)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
@@ -149,7 +148,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
             blind_steps=3500, discover_steps=6500, discover_batch=32, discover_lr=3e-3, kl_warmup=1200, kl_weight=0.05,
-            rl_episodes=250_000, rl_batch=4096, random_episodes=65_536,
+            rl_episodes=250_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
@@ -157,8 +156,8 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", block="hawk", dim=128, memory="none", jumps=0.2, obs_loss=10.0,
             pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
-            discover_lr=2e-3, kl_weight=0.9, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
-            eval_episodes=512, random_episodes=4096,
+            discover_lr=2e-3, kl_warmup=700, kl_weight=0.8, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
+            eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", block="hawk", layers=8, control_block=4, obs_loss=10.0,
@@ -170,7 +169,7 @@ PRESETS = {
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
     "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "kl_warmup": 5,
-    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16, "random_episodes": 64,
+    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 
 
@@ -476,14 +475,24 @@ class BaseModel(nn.Module):
 # ----------------------------------------------------------------------------------------------------
 
 
-def apply_controller(residual, controller):
-    """e^ = e + U e with U = out^T inn of rank R, never a D x D matrix.
+class Controller(nn.Module):
+    """Linear control of the residual stream: e^ = e + U e, where U = out^T inn has rank R.
 
-    residual (..., D), controller = (out, inn), each (..., R, D).
+    Both factors are sums over K controllers to choose from, weighted by h: out = sum_k h_k out_k, and inn alike. They
+    meet the residual one after the other, so that no step needs factors of its own, let alone a D x D matrix.
     """
-    out, inn = controller
-    coordinates = torch.einsum("...rd,...d->...r", inn, residual)
-    return residual + torch.einsum("...r,...rd->...d", coordinates, out)
+
+    def __init__(self, c: Config, K: int):
+        super().__init__()
+        self.inn = nn.Parameter(torch.randn(K, c.rank, c.dim) * c.dim**-0.5)  # what it reads
+        self.out = nn.Parameter(torch.zeros(K, c.rank, c.dim))  # what it writes: nothing at first
+
+    def forward(self, residual, h):
+        """residual (..., D), h (..., K) -> controlled residual (..., D)."""
+        h, (K, R, _) = h[..., None], self.inn.shape
+        inn_e = (residual @ self.inn.flatten(0, 1).T).unflatten(-1, (K, R))
+        inn_e = (h * inn_e).sum(-2, keepdim=True)  # (..., 1, R)
+        return residual + (h * inn_e).flatten(-2) @ self.out.flatten(0, 1)
 
 
 def shift_right(x):
@@ -506,48 +515,32 @@ class Metacontroller(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         D, H, S, Z = c.dim, c.history_dim, c.summary_dim, c.code_dim
-        self.rank = c.rank
         self.history = nn.GRU(D, H, batch_first=True)
         self.embedder = nn.GRU(D, S, batch_first=True)
         self.encoder = nn.Sequential(
             nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
         )
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
-        self.decoder = nn.Sequential(
-            nn.Linear(Z, c.decoder_hidden), nn.SiLU(), nn.Linear(c.decoder_hidden, 2 * c.rank * D)
-        )
+        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.ReLU())
+        self.controller = Controller(c, c.decoder_hidden + 1)
         nn.init.zeros_(self.switch[2].bias)
-        # At first a proposal is hardly noisier than its mean: the decoder can learn from it before it has to be cheap.
-        nn.init.constant_(self.encoder[2].bias[Z:], -2.0)
-        # The factor that writes starts at zero, which is no control; the one that reads at random.
-        with torch.no_grad():
-            for parameter in (self.decoder[2].weight, self.decoder[2].bias):
-                parameter[: c.rank * D].zero_()
-                parameter[c.rank * D :].normal_(std=D**-0.5)
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: of one size, as the base's own blocks see it."""
         return F.rms_norm(residual, residual.shape[-1:])
 
-    def encode(self, view, entry, length):
-        """Gaussian of the code proposals -> mean, log_std, each (B, T, Z).
+    def encode(self, view, count):
+        """Gaussian of the code proposals: view (B, K + 1, D) -> mean, log_std, each (B, K + 1, Z).
 
-        view (B, T + 1, D), where row `length` (B,) is an episode's last observation and the rest padding. entry
-        (B, T): the steps that are read, none of them padding; those between take over the proposal of the last one.
+        Row `count` (B,) of the view is an episode's last observation, later ones are padding.
         """
         view = self.read(view)
-        number, count = entry.cumsum(1) - 1, entry.sum(1)  # the entry that each step belongs to; entries in all
-        reading = length[:, None].repeat(1, int(count.max()) + 1)  # the last observation closes each sequence
-        rows, at = torch.nonzero(entry, as_tuple=True)
-        reading[rows, number[entry]] = at
-        view = view.gather(1, reading[..., None].expand(-1, -1, view.shape[-1]))
-        # The summary reads backwards, from the end to the start: position k of the reversed episode is count - k.
+        # The summary reads from the end to the start: position k of the reversed episode is count - k.
         reverse = (count[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
         backward = self.embedder(view.gather(1, reverse.expand_as(view)))[0]
         summary = backward[torch.arange(len(view)), count][:, None].expand(-1, view.shape[1], -1)
         history = shift_right(self.history(view)[0])
-        gaussian = self.encoder(torch.cat([view, history, summary], dim=-1))
-        return gaussian.gather(1, number[..., None].expand(-1, -1, gaussian.shape[-1])).chunk(2, dim=-1)
+        return self.encoder(torch.cat([view, history, summary], dim=-1)).chunk(2, dim=-1)
 
     def gate(self, residual, history, code):
         """beta_t = f_switch(e_t, h_t-1, z_t-1) in [0, 1], causal: (..., D), (..., H), (..., Z) -> (...)."""
@@ -556,7 +549,7 @@ class Metacontroller(nn.Module):
     def integrate(self, residual, proposal, threshold=None):
         """Temporal integration, Eq. 2. residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
 
-        threshold: the gate is rounded to 1 above it and to 0 below, as in phase 3.
+        threshold: a code is adopted or kept as a whole, adopted where the gate is above it, as in phase 3.
         """
         history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
@@ -564,17 +557,16 @@ class Metacontroller(nn.Module):
         codes, gates = [code], [gate]
         for t in range(1, proposal.shape[1]):
             gate = self.gate(residual[:, t], history[:, t], code)
-            if threshold is not None:
-                gate = (gate > threshold).float()
+            adopt = gate if threshold is None else (gate > threshold).float()
             # beta_t = 1 adopts the new code
-            code = gate[:, None] * proposal[:, t] + (1 - gate[:, None]) * code
+            code = adopt[:, None] * proposal[:, t] + (1 - adopt[:, None]) * code
             codes.append(code)
             gates.append(gate)
         return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
 
-    def controller(self, code):
-        """Hypernetwork: code (..., Z) -> factors (out, inn) of U, each (..., R, D)."""
-        return self.decoder(code).unflatten(-1, (2, self.rank, -1)).unbind(-3)
+    def control(self, residual, code):
+        """The code chooses the controller, its constant part included: (..., D), (..., Z) -> (..., D)."""
+        return self.controller(residual, F.pad(self.decoder(code), (0, 1), value=1.0))
 
 
 def code_kl(mean, log_std):
@@ -724,19 +716,15 @@ def pretrain(run: Run) -> BaseModel:
 # ----------------------------------------------------------------------------------------------------
 
 
-class Labels(nn.Module):
+class Labels(Controller):
     """One controller per ground-truth subgoal."""
 
     def __init__(self, c: Config):
-        super().__init__()
-        shape = len(envs.WORLDS[c.world].subgoals), c.rank, c.dim
-        self.out = nn.Parameter(torch.zeros(shape))  # starts as no control at all
-        self.inn = nn.Parameter(torch.randn(shape) * c.dim**-0.5)
+        super().__init__(c, len(envs.WORLDS[c.world].subgoals))
 
-    def controller(self, subgoal):
-        """subgoal (...) -> factors (out, inn) of U, each (..., R, D)."""
-        chosen = F.one_hot(subgoal, len(self.out)).to(self.out.dtype)  # an index's gradient is not the same every time
-        return tuple(torch.tensordot(chosen, factor, 1) for factor in (self.out, self.inn))
+    def control(self, residual, subgoal):
+        """residual (..., D), subgoal (...) -> controlled residual (..., D)."""
+        return self(residual, F.one_hot(subgoal, len(self.out)).to(residual.dtype))
 
 
 def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np.ndarray]:
@@ -757,7 +745,7 @@ def steer(run: Run, base: BaseModel) -> Labels:
     for step, episodes in zip(range(1, c.steer_steps + 1), expert_batches(run, rng, c.discover_batch)):
         subgoal, changed = subgoals(run.world, episodes)
         residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-        controlled = apply_controller(residual, labels.controller(run.tensor(np.maximum(subgoal, 0))))
+        controlled = labels.control(residual, run.tensor(np.maximum(subgoal, 0)))
         features, _ = base.upper(controlled, memory_after(run.tensor(changed).float(), c.memory))
         loss = action_nll(run, base, features, episodes).sum(1).mean()
         update(labels, loss / episodes.mask.shape[1], *steppers)
@@ -771,22 +759,6 @@ def steer(run: Run, base: BaseModel) -> Labels:
 # ----------------------------------------------------------------------------------------------------
 
 
-class RawPilot:
-    """No control: the base model left alone, with its full memory."""
-
-    memory = "full"
-
-    def begin(self, B: int, run: Run) -> None:
-        self.opened = torch.zeros(B, device=run.device)
-
-    def steer(self, residual, batch):
-        """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
-        return residual, self.opened[: len(residual)]
-
-    def select(self, kept) -> None:
-        pass
-
-
 class LabelPilot:
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
@@ -794,13 +766,13 @@ class LabelPilot:
         self.labels = labels
 
     def begin(self, B: int, run: Run) -> None:
-        self.run, self.memory = run, run.config.memory
+        self.run = run
         self.subgoal = torch.full((B,), -1, device=run.device)
 
     def steer(self, residual, batch):
         subgoal = self.run.tensor(batch.subgoal())
         opened, self.subgoal = (subgoal != self.subgoal).float(), subgoal
-        return apply_controller(residual, self.labels.controller(subgoal)), opened
+        return self.labels.control(residual, subgoal), opened
 
     def select(self, kept) -> None:
         self.subgoal = self.subgoal[kept]
@@ -817,12 +789,10 @@ class CodePilot:
 
     def begin(self, B: int, run: Run) -> None:
         c, device = run.config, run.device
-        self.threshold, self.memory = c.threshold, c.memory
+        self.threshold = c.threshold
         self.rows = torch.arange(B, device=device)  # of the living episodes
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
-        self.out = torch.zeros(B, c.rank, c.dim, device=device)  # the controller in force, decoded once a switch
-        self.inn = torch.zeros(B, c.rank, c.dim, device=device)
         self.first = True
         self.choose.begin(B, run)
 
@@ -831,26 +801,11 @@ class CodePilot:
         self.first = False
         if opened.any():
             self.code[opened] = self.choose(residual[opened], self.rows[opened])
-            self.out[opened], self.inn[opened] = self.meta.controller(self.code[opened])
         _, self.history = self.meta.history(self.meta.read(residual)[:, None], self.history)
-        return apply_controller(residual, (self.out, self.inn)), opened.float()
+        return self.meta.control(residual, self.code), opened.float()
 
     def select(self, kept) -> None:
         self.rows, self.history, self.code = self.rows[kept], self.history[:, kept], self.code[kept]
-        self.out, self.inn = self.out[kept], self.inn[kept]
-
-
-class PriorCodes:
-    """Codes drawn from the prior N(0, I): what exploration looks like before any learning."""
-
-    def __init__(self, generator):
-        self.generator = generator
-
-    def begin(self, B: int, run: Run) -> None:
-        self.size = run.config.code_dim
-
-    def __call__(self, residual, rows):
-        return torch.randn(len(rows), self.size, generator=self.generator, device=residual.device)
 
 
 class Result(NamedTuple):
@@ -870,9 +825,9 @@ def rollout(
 ) -> Result:
     """`count` episodes of the post-training task on random solvable layouts.
 
-    temperature scales the base's action distribution; record keeps observations and actions; roam lets wrong visits
-    pass (for counting transitions). Episodes step together and are dropped when they end: cost follows the living.
-    Chunks keep the working set in the processor's cache.
+    Without a pilot the base is left alone, with all its memory. temperature scales its action distribution; record
+    keeps observations and actions; roam lets wrong visits pass (for counting transitions). Episodes step together and
+    are dropped when they end: cost follows the living. Chunks keep the working set in the processor's cache.
     """
     parts = []
     for start in range(0, count, chunk):
@@ -889,15 +844,17 @@ def rollout(
 def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperature, record) -> Result:
     B, T, device = len(batch), run.world.limit, run.device
     visited, switched = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
-    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
+    mask, reward, zero = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device), torch.zeros(B, device=device)
     tables = None  # of observations, actions and their log-probabilities
     alive, lower, upper = np.arange(B), None, None
-    pilot.begin(B, run)
+    if pilot:
+        pilot.begin(B, run)
     for t in range(T):
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower = base.lower(obs[:, None], lower)
-        controlled, opened = pilot.steer(residual[:, 0], batch)
-        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], pilot.memory), upper)
+        controlled, opened = pilot.steer(residual[:, 0], batch) if pilot else (residual[:, 0], zero[rows])
+        memory = run.config.memory if pilot else "full"
+        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], memory), upper)
         output = base.head(features[:, 0])
         if not output.isfinite().all():
             raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
@@ -914,7 +871,8 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
             kept = run.tensor(~done)
             alive = alive[~done]
             batch.select(~done)
-            pilot.select(kept)
+            if pilot:
+                pilot.select(kept)
             lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
         if not len(alive):
             break
@@ -931,37 +889,43 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
 
 
 def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
-    """What the encoder makes of a mirrored copy of the episodes: mean, log_std (B, T, Z) and entry (B, T).
-
-    entry: the steps with a proposal of their own, those that lead into another cell; on the grid all.
+    """What the encoder makes of a mirrored copy of the episodes: mean and log_std of the proposals, (B, T, Z).
 
     A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
     code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
+
+    The encoder reads an episode cell by cell, so that the pace does not matter: its entries are the steps that lead
+    into another cell, on the grid all. Those between take over the proposal of the last one.
     """
     view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
-    residual, _ = base.lower(run.tensor(view))
-    entry = run.tensor(run.world.entries(episodes.obs)[:, :-1] & episodes.mask)
-    return *meta.encode(residual, entry, run.tensor(episodes.lengths)), entry
+    entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
+    number, count = entry.cumsum(axis=1) - 1, entry.sum(axis=1)  # the entry that each step belongs to; entries in all
+    steps = np.repeat(episodes.lengths[:, None], count.max() + 1, axis=1)  # the last observation closes each episode
+    rows, at = np.nonzero(entry)
+    steps[rows, number[entry]] = at
+    residual, _ = base.lower(run.tensor(np.take_along_axis(view, steps[..., None], axis=1)))
+    number = run.tensor(number)[..., None].expand(-1, -1, run.config.code_dim)
+    return [part.gather(1, number) for part in meta.encode(residual, run.tensor(count))]
 
 
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, kl_weight: float, blind: bool):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    The KL is charged for every proposal, or (`kl_at_switches`) in so far as the gate opens; a half-open gate then pays
-    5/8 of the price, or gates would stay soft. Gradients flow through the frozen upper blocks. blind: the base has no
+    The KL is charged at every step, or (`kl_at_switches`) in so far as the gate opens; a half-open gate then pays 5/8
+    of the price, or gates would stay soft. Gradients flow through the frozen upper blocks. blind: the base has no
     memory at all, so that the code must say everything. Without such a time the code is not used, as what the base
     remembers is enough to begin with. After it the base remembers what it will remember in phase 3.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-    mean, log_std, entry = posterior(run, base, meta, episodes, rng)
+    mean, log_std = posterior(run, base, meta, episodes, rng)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise)
     keep = memory_after(gate, "none" if blind else run.config.memory)
-    features, _ = base.upper(apply_controller(residual, meta.controller(code)), keep)
+    features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
-    price = entry * gate * (3 - gate) / 2 if run.config.kl_at_switches else entry
-    kl = (code_kl(mean, log_std) * price).sum(1).mean()
+    price = gate * (3 - gate) / 2 if run.config.kl_at_switches else 1
+    kl = (code_kl(mean, log_std) * mask * price).sum(1).mean()
     return nll + kl_weight * kl, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
 
 
@@ -1096,7 +1060,7 @@ class RawLearner:
         self.optimiser = torch.optim.Adam(base.parameters(), lr=run.config.raw_lr)
 
     def collect(self, count: int, rng, generator) -> tuple[Decisions, float]:
-        result = rollout(self.run, self.model, RawPilot(), count, rng, generator, record=True)
+        result = rollout(self.run, self.model, None, count, rng, generator, record=True)
         mask = self.run.tensor(result.mask).float()
         batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
         failed = torch.nonzero(batch.reward == 0)[:, 0]
@@ -1181,12 +1145,11 @@ def raw_rl(run: Run, base: BaseModel) -> BaseModel:
 def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
-    for part in np.array_split(np.arange(count), -(-count // 256)):
-        chunk = episodes.take(part)
-        nll = base.head.nll(base(run.tensor(chunk.obs[:, :-1])), run.tensor(chunk.target))
-        total += (nll * run.tensor(chunk.mask)).sum().item()
+    for part in episodes.parts():
+        nll = base.head.nll(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
+        total += (nll * run.tensor(part.mask)).sum().item()
     excess = total / count - run.world.floor(episodes)
-    reach = rollout(run, base, RawPilot(), count, *run.start("evaluate"))
+    reach = rollout(run, base, None, count, *run.start("evaluate"))
     metrics = {
         "base_excess_nats": excess,
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
@@ -1213,12 +1176,14 @@ def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
 
 @torch.no_grad()
 def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
-    """Codes, the gate before and after rounding, and the KL of the proposals: (B, T, Z) and three times (B, T)."""
-    residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-    mean, log_std, _ = posterior(run, base, meta, episodes, rng)
-    proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
-    code, gate = meta.integrate(residual, proposal, run.config.threshold)
-    return code, meta.integrate(residual, proposal)[1], gate, code_kl(mean, log_std)
+    """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, and KL of the proposals (N, T)."""
+    found = []
+    for part in episodes.parts():
+        residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
+        mean, log_std = posterior(run, base, meta, part, rng)
+        proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
+        found.append((*meta.integrate(residual, proposal, run.config.threshold), code_kl(mean, log_std)))
+    return [torch.cat(column) for column in zip(*found)]
 
 
 def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
@@ -1231,16 +1196,16 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     rng, generator = run.start("evaluate")
     episodes = run.held_out()
     subgoal, changed = subgoals(world, episodes)
-    code, _, gate, kl = encode(run, base, meta, episodes, rng, generator)
-    adopted = (gate > 0.5).cpu().numpy() & episodes.mask
+    code, gate, kl = encode(run, base, meta, episodes, rng, generator)
+    adopted = (gate > c.threshold).cpu().numpy() & episodes.mask
     switched, later = adopted.copy(), episodes.mask.copy()
     switched[:, 0] = later[:, 0] = False
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
-    pilot = CodePilot(meta, PriorCodes(generator))
+    pilot = CodePilot(meta, PolicyCodes(Policy(c).to(run.device), generator))  # random codes: it has not learned yet
     roaming = rollout(run, base, pilot, c.eval_episodes, rng, generator, c.temperature, roam=True)
     table = transition_table(world, roaming.visited)
-    trials = rollout(run, base, pilot, c.random_episodes, rng, generator, c.temperature)
+    trials = rollout(run, base, pilot, 4 * c.eval_episodes, rng, generator, c.temperature)
     for line in raster(run, base, meta):
         run.say(line)
     metrics = {
@@ -1303,12 +1268,12 @@ def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> l
     """Lines for the terminal: true subgoals over switch marks (|), for a few held-out episodes."""
     episodes = run.held_out().take(np.arange(count))
     subgoal, _ = subgoals(run.world, episodes)
-    _, _, gate, _ = encode(run, base, meta, episodes, *run.start("figures"))
+    _, gate, _ = encode(run, base, meta, episodes, *run.start("figures"))
     lines = []
     for i in range(count):
         steps = episodes.mask[i].sum()
         lines.append("true subgoal  " + "".join(str(g) for g in subgoal[i, :steps]))
-        lines.append("gate opens    " + "".join("|" if g > 0.5 else "." for g in gate[i, :steps]))
+        lines.append("gate opens    " + "".join("|" if g > run.config.threshold else "." for g in gate[i, :steps]))
     return lines
 
 
@@ -1517,7 +1482,7 @@ STAGES = {
     "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
     "steer": Stage("pretrain", ("pretrain",), "steer_lr", steer, Labels, measure_labels),
     "discover": Stage("discover", ("pretrain",), "threshold", discover, Metacontroller, measure_codes),
-    "rl": Stage("rl", ("pretrain", "discover"), "policy_dim", internal_rl, Policy, measure_policy),
+    "rl": Stage("rl", ("pretrain", "discover"), "rl_minibatches", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
 NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
@@ -1617,15 +1582,10 @@ class OneLineParser(argparse.ArgumentParser):
         raise Failure(message)
 
 
-def parse_value(name: str, example, text: str):
-    """The value of a config flag, of the type of its default."""
-    try:
-        if isinstance(example, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return type(example)(text.replace("_", "") if isinstance(example, int) else text)
-    except (ValueError, KeyError):
-        kind = "true or false" if isinstance(example, bool) else f"a number like {example}"
-        raise Failure(f"--{name}={text}: must be {kind}") from None
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
 
 
 def config_comments() -> dict[str, str]:
@@ -1652,8 +1612,10 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
     for f in fields(Config):
-        text = f"{comments[f.name]} [{f.default}]".replace("%", "%%")
-        group.add_argument(f"--{f.name}", help=text, metavar=type(f.default).__name__.upper())
+        kind, text = type(f.default), f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        group.add_argument(
+            f"--{f.name}", type=boolean if kind is bool else kind, help=text, metavar=kind.__name__.upper()
+        )
     return parser
 
 
@@ -1663,9 +1625,7 @@ def make_config(args) -> Config:
     config = PRESETS[args.env][args.preset]
     if args.fast:
         config = replace(config, **FAST)
-    given = {f.name: (getattr(args, f.name), f.default) for f in fields(Config)}
-    given = {name: parse_value(name, default, text) for name, (text, default) in given.items() if text is not None}
-    config = replace(config, **given)
+    config = replace(config, **{f.name: value for f in fields(Config) if (value := getattr(args, f.name)) is not None})
     check_config(config)
     if envs.WORLDS[config.world].kind != args.env:
         raise Failure(f"--world={config.world}: not a world of --env {args.env}")
