@@ -61,7 +61,7 @@ class Episodes(NamedTuple):
         T = int(self.mask[index].sum(axis=1).max())
         return Episodes(*(part[index, : T + (name == "obs")] for name, part in self._asdict().items()))
 
-    def parts(self, size: int = 64):
+    def chunks(self, size: int = 64):
         """`size` episodes after the other: what fits the memory."""
         return (Episodes(*(part[i : i + size] for part in self)) for i in range(0, len(self.mask), size))
 
@@ -840,11 +840,12 @@ class SplicedBatch(AntBatch):
         cell = self.world.cell_of(xy)
         content = self.content[self.rows, cell]
         slipped = (content >= 0) & (content != self.goal()) & (cell != self.cell)
-        xy = np.where(slipped[:, None], self.state[:, XY], xy)  # over a corner: it stays where it was
+        # Over a corner: it stays where it was.
+        xy, cell = np.where(slipped[:, None], self.state[:, XY], xy), np.where(slipped, self.cell, cell)
         strides = ant_strides(self.world.noise)
         self.state = rotate_ant(strides[rng.integers(len(strides), size=B)], rng.uniform(-np.pi, np.pi, B))
         self.state[:, XY] = xy
-        return self.arrive(self.world.cell_of(xy))
+        return self.arrive(cell)
 
 
 @dataclass(frozen=True)
@@ -895,8 +896,9 @@ class AntWorld(World):
         return torques, way if self.spliced else torques + self.noise * rng.standard_normal(torques.shape)
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
-        world = replace(self, spliced=True, limit=self.decisions) if self.decisions else self
-        return super(AntWorld, world).episodes(count, rng)
+        if self.decisions:
+            return replace(self, spliced=True, limit=self.decisions, decisions=0).episodes(count, rng)
+        return super().episodes(count, rng)
 
     def floor(self, episodes: Episodes) -> float:
         """Loss of the best possible predictor: not known here, 0."""

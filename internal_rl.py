@@ -38,7 +38,7 @@ Glossary (B episodes, T steps, F numbers in an observation, D width of the resid
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
-    controller        U_t      2 (B,T,R,D)  low-rank factors: U = out^T inn                            Eq. 3
+    controller        U_t      (never made) U = out^T inn, each a sum of (R, D) weighted by the code   Eq. 3
     kl_weight         alpha    scalar       price of a nat of code                                     Eq. 3
 
 What differs from the paper on purpose is marked "departure" in `Config`; README, "Departures", says what it is worth.
@@ -724,6 +724,7 @@ class Labels(Controller):
 
     def control(self, residual, subgoal):
         """residual (..., D), subgoal (...) -> controlled residual (..., D)."""
+        # An index would do, but its gradient is not the same every time.
         return self(residual, F.one_hot(subgoal, len(self.out)).to(residual.dtype))
 
 
@@ -759,14 +760,30 @@ def steer(run: Run, base: BaseModel) -> Labels:
 # ----------------------------------------------------------------------------------------------------
 
 
-class LabelPilot:
+class Pilot:
+    """What steers the base in a rollout. This one leaves it alone, with all its memory."""
+
+    memory = "full"
+
+    def begin(self, B: int, run: Run) -> None:
+        """B episodes begin."""
+
+    def steer(self, residual, batch):
+        """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
+        return residual, torch.zeros_like(residual[:, 0])
+
+    def select(self, kept) -> None:
+        """Only the episodes `kept`, a mask (B,), live on."""
+
+
+class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, labels: Labels):
         self.labels = labels
 
     def begin(self, B: int, run: Run) -> None:
-        self.run = run
+        self.run, self.memory = run, run.config.memory
         self.subgoal = torch.full((B,), -1, device=run.device)
 
     def steer(self, residual, batch):
@@ -778,7 +795,7 @@ class LabelPilot:
         self.subgoal = self.subgoal[kept]
 
 
-class CodePilot:
+class CodePilot(Pilot):
     """The metacontroller without its encoder: `choose` gives a new code where the gate opens, else the code is held.
 
     The gate is H(beta_t - threshold); at the first step it is open. (Alg. 1)
@@ -789,7 +806,7 @@ class CodePilot:
 
     def begin(self, B: int, run: Run) -> None:
         c, device = run.config, run.device
-        self.threshold = c.threshold
+        self.threshold, self.memory = c.threshold, c.memory
         self.rows = torch.arange(B, device=device)  # of the living episodes
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
@@ -825,9 +842,9 @@ def rollout(
 ) -> Result:
     """`count` episodes of the post-training task on random solvable layouts.
 
-    Without a pilot the base is left alone, with all its memory. temperature scales its action distribution; record
-    keeps observations and actions; roam lets wrong visits pass (for counting transitions). Episodes step together and
-    are dropped when they end: cost follows the living. Chunks keep the working set in the processor's cache.
+    temperature scales the base's action distribution; record keeps observations and actions; roam lets wrong visits
+    pass (for counting transitions). Episodes step together and are dropped when they end: cost follows the living.
+    Chunks keep the working set in the processor's cache.
     """
     parts = []
     for start in range(0, count, chunk):
@@ -844,17 +861,15 @@ def rollout(
 def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperature, record) -> Result:
     B, T, device = len(batch), run.world.limit, run.device
     visited, switched = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
-    mask, reward, zero = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device), torch.zeros(B, device=device)
+    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
     tables = None  # of observations, actions and their log-probabilities
     alive, lower, upper = np.arange(B), None, None
-    if pilot:
-        pilot.begin(B, run)
+    pilot.begin(B, run)
     for t in range(T):
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower = base.lower(obs[:, None], lower)
-        controlled, opened = pilot.steer(residual[:, 0], batch) if pilot else (residual[:, 0], zero[rows])
-        memory = run.config.memory if pilot else "full"
-        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], memory), upper)
+        controlled, opened = pilot.steer(residual[:, 0], batch)
+        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], pilot.memory), upper)
         output = base.head(features[:, 0])
         if not output.isfinite().all():
             raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
@@ -871,8 +886,7 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
             kept = run.tensor(~done)
             alive = alive[~done]
             batch.select(~done)
-            if pilot:
-                pilot.select(kept)
+            pilot.select(kept)
             lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
         if not len(alive):
             break
@@ -1060,7 +1074,7 @@ class RawLearner:
         self.optimiser = torch.optim.Adam(base.parameters(), lr=run.config.raw_lr)
 
     def collect(self, count: int, rng, generator) -> tuple[Decisions, float]:
-        result = rollout(self.run, self.model, None, count, rng, generator, record=True)
+        result = rollout(self.run, self.model, Pilot(), count, rng, generator, record=True)
         mask = self.run.tensor(result.mask).float()
         batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
         failed = torch.nonzero(batch.reward == 0)[:, 0]
@@ -1145,11 +1159,11 @@ def raw_rl(run: Run, base: BaseModel) -> BaseModel:
 def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
-    for part in episodes.parts():
+    for part in episodes.chunks():
         nll = base.head.nll(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
         total += (nll * run.tensor(part.mask)).sum().item()
     excess = total / count - run.world.floor(episodes)
-    reach = rollout(run, base, None, count, *run.start("evaluate"))
+    reach = rollout(run, base, Pilot(), count, *run.start("evaluate"))
     metrics = {
         "base_excess_nats": excess,
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
@@ -1178,7 +1192,7 @@ def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
 def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
     """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, and KL of the proposals (N, T)."""
     found = []
-    for part in episodes.parts():
+    for part in episodes.chunks():
         residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
         mean, log_std = posterior(run, base, meta, part, rng)
         proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
