@@ -87,15 +87,15 @@ class Config:
     eval_episodes: Count = 1024  # held-out episodes and post-training rollouts
     # base model (paper: App. C.1, D.1)
     block: str = "transformer"  # (paper: transformer on the grid, Hawk on the ant)
-    layers: Count = 4  # blocks (paper: 6; ant: 8)
+    layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: Count = 4  # attention heads (paper)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
     gated_mlp: bool = True  # departure: SwiGLU instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
-    control_block: Steps = 2  # the controller acts after this many blocks (paper: layers / 2)
-    memory: str = "segment"  # departure: what the steered base remembers (paper: full)
+    control_block: Steps = 1  # the controller acts after this many blocks (paper: layers / 2)
+    memory: str = "none"  # departure: what the steered base remembers, none or since the last switch (paper: full)
     # phase 1: pretrain
     pretrain_steps: Steps = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
@@ -116,7 +116,7 @@ class Config:
     code_dim: Count = 8  # n_z (paper)
     decoder_hidden: Count = 32  # (paper)
     mirror: bool = True  # departure: the encoder sees a rotated or reflected copy of the episode
-    blind_steps: Steps = 3000  # departure: first steps, in which the steered base has no memory at all
+    blind_steps: Steps = 0  # first steps in which a base that shall remember a segment has no memory yet
     discover_steps: Steps = 4000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_warmup: Steps = 250  # departure: alpha is 0 for this many steps, and grows during as many more
@@ -146,15 +146,15 @@ PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
-            CLASSROOM, world="paper", pretrain_steps=10_000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500,
-            blind_steps=3500, discover_steps=6500, discover_batch=32, discover_lr=3e-3, kl_warmup=1200, kl_weight=0.05,
-            rl_episodes=250_000, rl_batch=4096,
+            CLASSROOM, world="paper", layers=4, control_block=2, memory="segment", pretrain_steps=10_000,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500, blind_steps=3500, discover_steps=6500,
+            discover_batch=32, discover_lr=3e-3, kl_warmup=1200, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
     "ant": {
         "classroom": replace(
-            CLASSROOM, world="ant", block="hawk", dim=128, memory="none", jumps=0.2, obs_loss=10.0,
+            CLASSROOM, world="ant", block="hawk", layers=4, control_block=2, dim=128, jumps=0.2, obs_loss=10.0,
             pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
             discover_lr=2e-3, kl_warmup=700, kl_weight=0.8, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
             eval_episodes=512,
@@ -168,7 +168,7 @@ PRESETS = {
 }  # fmt: skip
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "kl_warmup": 5,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "kl_warmup": 5,
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 
@@ -182,7 +182,7 @@ FAST = {
 #
 # Every block maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with the state
 # carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 nothing, step
-# t starts afresh as an episode does. A state is a tuple of tensors with the batch first.
+# t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors, batch first.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +211,8 @@ class AttentionMixer(nn.Module):
 
     def forward(self, x, keep, state):
         B, T, D = x.shape
+        if keep is None:  # a step that is alone attends to itself
+            return self.out(F.linear(x, self.qkv.weight[2 * D :])), state
         keys, values, log_kept = state
         S = keys.shape[2]
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -242,20 +244,22 @@ class HawkMixer(nn.Module):
         return self.decay.new_zeros(B, len(self.decay)), self.decay.new_zeros(B, len(self.decay))
 
     def forward(self, x, keep, state):
-        h0, u0 = state
-        keep = keep[..., None]
-        u = self.inp(x)
-        u_before = torch.cat([u0[:, None], u[:, :-1]], dim=1)
-        v = self.taps[0] * u + self.taps[1] * keep * u_before
+        u, (h, u0) = self.inp(x), state
+        v = self.taps[0] * u
+        if keep is not None:
+            keep = keep[..., None]
+            v = v + self.taps[1] * keep * torch.cat([u0[:, None], u[:, :-1]], dim=1)
         r, i = torch.sigmoid(self.gates(v)).chunk(2, dim=-1)
         # a_t = sigmoid(decay)^(8 r_t);  h_t = keep_t a_t h_t-1 + sqrt(1 - a_t^2) i_t v_t
         a = torch.exp(8 * r * F.logsigmoid(self.decay))
-        b = torch.sqrt(1 - a * a + 1e-6) * i * v
-        h, hs = h0, []
-        for at, bt in zip((keep * a).unbind(1), b.unbind(1)):
-            h = torch.addcmul(bt, at, h)
-            hs.append(h)
-        return self.out(F.gelu(self.branch(x)) * torch.stack(hs, dim=1)), (h, u[:, -1])
+        hs = torch.sqrt(1 - a * a + 1e-6) * i * v
+        if keep is not None:
+            steps = []
+            for at, bt in zip((keep * a).unbind(1), hs.unbind(1)):
+                h = torch.addcmul(bt, at, h)
+                steps.append(h)
+            hs = torch.stack(steps, dim=1)
+        return self.out(F.gelu(self.branch(x)) * hs), (h, u[:, -1])
 
 
 class MLP(nn.Module):
@@ -449,14 +453,12 @@ class BaseModel(nn.Module):
 
     def lower(self, obs, state=None):
         """Observations (B, T, F) -> residual (B, T, D), state."""
-        x, blocks = self.embed(obs), self.blocks[: self.control_block]
-        if not self.alone:
-            return self._run(blocks, x, torch.ones_like(x[..., 0]), state)
-        steps = x.flatten(0, 1)[:, None]  # each is an episode of its own, (B * T, 1, D)
-        return self._run(blocks, steps, torch.ones_like(steps[..., 0]), None)[0].view_as(x), []
+        x = self.embed(obs)
+        keep = None if self.alone else torch.ones_like(x[..., 0])
+        return self._run(self.blocks[: self.control_block], x, keep, state)
 
     def upper(self, residual, keep, state=None):
-        """residual (B, T, D), keep (B, T) -> features (B, T, D), which `head` turns into an action, state."""
+        """residual (B, T, D), keep (B, T) or None -> features (B, T, D), which `head` turns into an action, state."""
         x, state = self._run(self.blocks[self.control_block :], residual, keep, state)
         return self.norm(x), state
 
@@ -501,8 +503,8 @@ def shift_right(x):
 
 
 def memory_after(gate, memory: str):
-    """keep (B, T) of the steered base. segment: each switch is a fresh start, as if an episode began there."""
-    return {"segment": 1 - gate, "none": 0 * gate, "full": 0 * gate + 1}[memory]
+    """keep (B, T) of the steered base, None if it has no memory. segment: each switch is a fresh start."""
+    return {"segment": 1 - gate, "none": None, "full": torch.ones_like(gate)}[memory]
 
 
 class Metacontroller(nn.Module):
