@@ -47,7 +47,7 @@ class Episodes(NamedTuple):
     """N expert trajectories, padded to T steps."""
 
     obs: np.ndarray  # (N, T + 1, F), the last one included; `GridWorld` and `AntWorld` say what it is
-    target: np.ndarray  # (N, T, A) grid: probabilities of the four moves; ant: torques; 0 in the padding
+    target: np.ndarray  # (N, T, A) the expert's action; grid: one-hot of four moves; ant: torques; 0 in the padding
     goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
     mask: np.ndarray  # (N, T) True on real steps
 
@@ -78,7 +78,6 @@ class World:
     pretrain: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
     post: tuple[int, ...]  # the task of reinforcement learning
     jumps: float = 0.0  # chance per step that a training episode goes on from another cell (departure)
-    soft_targets: bool = False  # the expert's probabilities as targets, not the action it took (departure)
     threads: int = 1  # of the simulation; no result depends on it
 
     kind = ""  # which embedding and action head the model takes
@@ -136,7 +135,7 @@ class World:
 
     def held_out(self, count: int) -> Episodes:
         """Trajectories without jumps for evaluation: the same for every seed, never trained on."""
-        return replace(self, soft_targets=True).simulate(self.pretrain, count, np.random.default_rng(10**9))[0]
+        return self.simulate(self.pretrain, count, np.random.default_rng(10**9))[0]
 
     def expert_success(self, count: int) -> float:
         """The expert's success on solvable post-training layouts."""
@@ -477,10 +476,10 @@ class GridWorld(World):
         return GridBatch(self, layout, tasks, roam)
 
     def expert(self, batch: GridBatch, field, alive, rng):
-        """Takes a shortest path, uniformly over all of them -> targets (B, 4), actions (B,)."""
+        """Takes a shortest path, uniformly over all of them -> one-hots (B, 4) and numbers (B,) of the moves."""
         best = shortest_actions(field, alive, batch.goal(), batch.cell)
         action = one_of(best, rng)
-        return best / best.sum(axis=1, keepdims=True) if self.soft_targets else np.eye(4)[action], action
+        return np.eye(4)[action], action
 
     def floor(self, episodes: Episodes) -> float:
         """Loss of the Bayes-optimal predictor, which infers the task from the moves so far, nats per episode."""

@@ -102,7 +102,6 @@ class Config:
     pretrain_lr: Rate = 6e-3  # peak (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    soft_targets: bool = True  # departure: the expert's probabilities, not its sampled action, as target
     jumps: Chance = 0.1  # departure: chance per step to jump to another cell; half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
     discover_batch: Count = 64  # episodes, here and in phase 2 (paper: 512)
@@ -138,7 +137,7 @@ CLASSROOM = Config()
 PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated_mlp=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
-    obs_loss=0.01, soft_targets=False, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
+    obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, kl_warmup=0, kl_weight=0.17, temperature=1.0, rl_episodes=102_400_000,
     rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
@@ -380,7 +379,7 @@ class GridHead(nn.Linear):
         self.next = nn.Linear(c.dim, world.size**2)
 
     def nll(self, logits, target):
-        """-ln p of the target, which is the expert's probabilities (..., 4), or a one-hot of its action -> (...)."""
+        """-ln p of the expert's action, given as a one-hot (..., 4) -> (...)."""
         return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
 
     def next_nll(self, features, obs):
@@ -590,7 +589,7 @@ def gaussian_log_prob(x, mean, log_std):
 
 
 def make_world(c: Config, threads: int = 1) -> envs.World:
-    return replace(envs.WORLDS[c.world], jumps=c.jumps, soft_targets=c.soft_targets, threads=threads)
+    return replace(envs.WORLDS[c.world], jumps=c.jumps, threads=threads)
 
 
 def expert_batches(run: Run, rng: np.random.Generator, batch: int):
