@@ -120,7 +120,7 @@ class Config:
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
     kl_warmup: Steps = 250  # departure: alpha is 0 for this many steps, and grows during as many more
     kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
-    kl_at_switches: bool = False  # departure of the ant alone: the KL is charged in so far as the gate opens
+    gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the one-block recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
@@ -138,16 +138,16 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated_mlp=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
     obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
-    discover_batch=512, discover_lr=1e-3, kl_warmup=0, kl_weight=0.17, temperature=1.0, rl_episodes=102_400_000,
-    rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
+    discover_batch=512, discover_lr=1e-3, kl_warmup=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, control_block=2, memory="segment", pretrain_steps=10_000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500, blind_steps=3500, discover_steps=6500,
-            discover_batch=32, discover_lr=3e-3, kl_warmup=1200, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500, blind_steps=1800, discover_steps=5000,
+            discover_batch=32, discover_lr=3e-3, kl_warmup=600, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
@@ -155,7 +155,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", block="hawk", layers=4, control_block=2, dim=128, jumps=0.2, obs_loss=10.0,
             pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
-            discover_lr=2e-3, kl_warmup=700, kl_weight=0.8, kl_at_switches=True, rl_batch=256, rl_episodes=30_720,
+            discover_lr=2e-3, kl_warmup=700, kl_weight=0.3, gate_price=1.5, rl_batch=1024, rl_episodes=61_440,
             eval_episodes=512,
         ),
         "paper": replace(
@@ -904,13 +904,14 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
 
 
 def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
-    """What the encoder makes of a mirrored copy of the episodes: mean and log_std of the proposals, (B, T, Z).
+    """What the encoder makes of a mirrored copy of the episodes: mean and log_std of the proposals, (B, T, Z), and the
+    steps at which there is a new one, (B, T).
 
     A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
     code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
 
-    The encoder reads an episode cell by cell, so that the pace does not matter: its entries are the steps that lead
-    into another cell, on the grid all. Those between take over the proposal of the last one.
+    The encoder reads an episode cell by cell, so that the pace does not matter: it proposes at its entries, the steps
+    that lead into another cell, on the grid all. Those between take over the proposal of the last one.
     """
     view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
     entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
@@ -920,28 +921,29 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
     steps[rows, number[entry]] = at
     residual, _ = base.lower(run.tensor(np.take_along_axis(view, steps[..., None], axis=1)))
     number = run.tensor(number)[..., None].expand(-1, -1, run.config.code_dim)
-    return [part.gather(1, number) for part in meta.encode(residual, run.tensor(count))]
+    return *(part.gather(1, number) for part in meta.encode(residual, run.tensor(count))), run.tensor(entry)
 
 
-def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, kl_weight: float, blind: bool):
+def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float, blind: bool):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    The KL is charged at every step, or (`kl_at_switches`) in so far as the gate opens; a half-open gate then pays 5/8
-    of the price, or gates would stay soft. Gradients flow through the frozen upper blocks. blind: the base has no
-    memory at all, so that the code must say everything. Without such a time the code is not used, as what the base
-    remembers is enough to begin with. After it the base remembers what it will remember in phase 3.
+    An opening of the gate has a price of its own: that of an empty proposal, of no KL, would be nothing, and gates
+    would stay half open to shrink a code with it. A half-open gate pays 5/8 of the price. charge, 0 to 1, is the share
+    of KL and price that is charged yet. Gradients flow through the frozen upper blocks. blind: the base has no memory
+    at all, so that the code must say everything. After it the base remembers what it will remember in phase 3.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-    mean, log_std = posterior(run, base, meta, episodes, rng)
+    mean, log_std, entry = posterior(run, base, meta, episodes, rng)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
     code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise)
     keep = memory_after(gate, "none" if blind else run.config.memory)
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
-    price = gate * (3 - gate) / 2 if run.config.kl_at_switches else 1
-    kl = (code_kl(mean, log_std) * mask * price).sum(1).mean()
-    return nll + kl_weight * kl, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
+    kl = (code_kl(mean, log_std) * entry).sum(1).mean()
+    opened = (gate * (3 - gate) / 2 * mask).sum(1).mean() - 1  # the first step is no opening
+    loss = nll + charge * (run.config.kl_weight * kl + run.config.gate_price * opened)
+    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -952,8 +954,8 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=0)
     steppers = scheduled(c, optimiser, c.discover_steps)
     for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
-        kl_weight = c.kl_weight * min(1.0, max(0, step - c.kl_warmup) / max(1, c.kl_warmup))
-        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, kl_weight, step <= c.blind_steps)
+        charge = min(1.0, max(0, step - c.kl_warmup) / max(1, c.kl_warmup))
+        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge, step <= c.blind_steps)
         update(meta, loss / 10, *steppers)
         if step % 50 == 0 or step == c.discover_steps:
             run.log(step, c.discover_steps, "steps", **stats)
@@ -1195,7 +1197,7 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     found = []
     for part in episodes.chunks():
         residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
-        mean, log_std = posterior(run, base, meta, part, rng)
+        mean, log_std, _ = posterior(run, base, meta, part, rng)
         proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
         found.append((*meta.integrate(residual, proposal, run.config.threshold), code_kl(mean, log_std)))
     return [torch.cat(column) for column in zip(*found)]

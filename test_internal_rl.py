@@ -836,13 +836,12 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, bl
 
 @BOTH
 @pytest.mark.parametrize("blind", [True, False])
-@pytest.mark.parametrize("at_switches", [True, False])
-def test_discovery_loss_by_hand(name, blind, at_switches):
-    """The loss is the action loss of the steered base plus kl_weight times the KL to N(0, I) of the proposals, read
-    off a mirrored view; at switches alone if so asked, where half a gate pays 5/8. The encoder reads the entries and
-    the last observation; the steps up to the next entry share its proposal. Blind, the base has no memory at all;
-    afterwards it forgets as far as the gate opens."""
-    run = make_run(world=name, memory="segment", kl_at_switches=at_switches)
+def test_discovery_loss_by_hand(name, blind):
+    """The loss is the action loss of the steered base plus a share of these two: kl_weight times the KL to N(0, I) of
+    the proposals, read off a mirrored view, and gate_price for each opening but the first, 5/8 of it for half a gate.
+    The encoder reads the entries and the last observation; the steps up to the next entry share its proposal, which
+    is charged once. Blind, the base has no memory at all; afterwards it forgets as far as the gate opens."""
+    run = make_run(world=name, memory="segment", kl_weight=0.7, gate_price=0.2)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
     upper, integrate, keeps, found = base.upper, meta.integrate, [], []
     base.upper = lambda x, keep, state=None: keeps.append(keep) or upper(x, keep, state)
@@ -852,26 +851,27 @@ def test_discovery_loss_by_hand(name, blind, at_switches):
     assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     view = base.lower(torch.from_numpy(run.world.mirrored(episodes.obs, generators()[0])))[0]
-    mean, log_std = ir.posterior(run, base, meta, episodes, generators()[0])
+    mean, log_std, proposed = ir.posterior(run, base, meta, episodes, generators()[0])
+    assert torch.equal(proposed, entry)
     for i in range(12):
         steps = [*entry[i].nonzero()[:, 0].tolist(), int(mask[i].sum())]
         proposals = torch.cat(meta.encode(view[i : i + 1, steps], torch.tensor([len(steps) - 1])), dim=-1)[0]
         for expected, t, until in zip(proposals, steps[:-1], steps[1:]):
             assert torch.allclose(torch.cat([mean, log_std], dim=-1)[i, t:until], expected, atol=1e-5)
     kl = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum(-1)
-    price = 0.5 * gate * (1 + 2 * (1 - gate / 2)) if at_switches else torch.ones_like(gate)  # 1, 5/8, 0
-    kl = (kl * price * mask).sum().item() / 12
+    kl = (kl * entry).sum().item() / 12
+    price = 0.2 * ((1.5 * gate - 0.5 * gate**2) * mask)[:, 1:].sum().item() / 12  # gate of 1: 1, of 1/2: 5/8
     controlled = meta.control(base.lower(torch.from_numpy(episodes.obs[:, :-1]))[0], code)
     nll = base.head.nll(base.head(upper(controlled, keeps[0])[0]), torch.from_numpy(episodes.target))
     expected = {"nll": (nll * mask).sum().item() / 12, "kl": kl, "gates": (gate * mask).sum().item() / 12 - 1}
     assert stats == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(expected["nll"] + 0.3 * kl, rel=1e-4)
+    assert loss.item() == pytest.approx(expected["nll"] + 0.3 * (0.7 * kl + price), rel=1e-4)
 
 
 def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
     """Each phase returns a model that has learned and is frozen, and leaves the models that it was given as they were:
-    raw-action RL trains a copy of the base. The first blind_steps of discovery are blind; alpha is 0 for kl_warmup
-    steps and grows linearly to kl_weight during as many more."""
+    raw-action RL trains a copy of the base. The first blind_steps of discovery are blind; KL and price of openings
+    are not charged for kl_warmup steps, then ever more during as many."""
     steps = {"discover_steps": 5, "blind_steps": 3, "kl_warmup": 2, "kl_weight": 0.2, "rl_batch": 64}
     run, seen, loss = make_run(**(SHORT | steps), rl_episodes=128), [], ir.discovery_loss
     monkeypatch.setattr(ir, "discovery_loss", lambda *a: seen.append(a[-2:]) or loss(*a))
@@ -885,8 +885,8 @@ def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
         start = models["pretrain"] if name == "raw" else stage.build(run.config)  # the same seed: the same weights
         assert changed(models[name], copy_of(start))
         assert name not in ("rl", "raw") or 0 < run.curves[name][0][1] < 1
-    weights, blind = zip(*seen)
-    assert blind == (True, True, True, False, False) and np.allclose(weights, [0, 0, 0.1, 0.2, 0.2])
+    charges, blind = zip(*seen)
+    assert blind == (True, True, True, False, False) and np.allclose(charges, [0, 0, 0.5, 1, 1])
 
 
 def test_paper_preset_has_the_papers_sizes():
