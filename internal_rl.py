@@ -167,7 +167,7 @@ PRESETS = {
 }  # fmt: skip
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "kl_warmup": 5,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "kl_warmup": 5,
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 
@@ -257,8 +257,8 @@ class HawkMixer(nn.Module):
             for at, bt in zip((keep * a).unbind(1), hs.unbind(1)):
                 h = torch.addcmul(bt, at, h)
                 steps.append(h)
-            hs = torch.stack(steps, dim=1)
-        return self.out(F.gelu(self.branch(x)) * hs), (h, u[:, -1])
+            hs, state = torch.stack(steps, dim=1), (h, u[:, -1])
+        return self.out(F.gelu(self.branch(x)) * hs), state
 
 
 class MLP(nn.Module):
