@@ -47,7 +47,7 @@ class Episodes(NamedTuple):
     """N expert trajectories, padded to T steps."""
 
     obs: np.ndarray  # (N, T + 1, F), the last one included; `GridWorld` and `AntWorld` say what it is
-    target: np.ndarray  # (N, T, A) the expert's action; grid: one-hot of four moves; ant: torques; 0 in the padding
+    target: np.ndarray  # (N, T, ...) the expert's action; grid: a number; ant: 8 torques; 0 in the padding
     goal: np.ndarray  # (N, T) colour pursued, -1 in the padding; ground truth, for evaluation only
     mask: np.ndarray  # (N, T) True on real steps
 
@@ -166,7 +166,7 @@ class World:
         for t in range(self.limit):
             wanted, action = self.expert(batch, plan, alive, rng)
             if target is None:
-                target = np.zeros((count, self.limit, wanted.shape[1]), dtype=np.float32)
+                target = np.zeros((count, self.limit, *wanted.shape[1:]), dtype=wanted.dtype)
             target[alive, t], goal[alive, t] = wanted, batch.goal()
             visited, reward, done = batch.step(action)
             length[alive[visited == goal[alive, t]]] = t + 1
@@ -476,15 +476,15 @@ class GridWorld(World):
         return GridBatch(self, layout, tasks, roam)
 
     def expert(self, batch: GridBatch, field, alive, rng):
-        """Takes a shortest path, uniformly over all of them -> one-hots (B, 4) and numbers (B,) of the moves."""
-        best = shortest_actions(field, alive, batch.goal(), batch.cell)
-        action = one_of(best, rng)
-        return np.eye(4)[action], action
+        """Takes a shortest path, uniformly over all of them -> its moves (B,), to learn and to do."""
+        action = one_of(shortest_actions(field, alive, batch.goal(), batch.cell), rng)
+        return action, action
 
     def floor(self, episodes: Episodes) -> float:
         """Loss of the Bayes-optimal predictor, which infers the task from the moves so far, nats per episode."""
         p = np.maximum(bayes_predictor(self, episodes), 1e-12)
-        return float(-(episodes.target * np.log(p)).sum() / len(episodes.mask))
+        p = np.take_along_axis(p, episodes.target[..., None], axis=-1)[..., 0]
+        return float(-(np.log(p) * episodes.mask).sum() / len(episodes.mask))
 
     def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
         """Each episode turned or reflected by one of the 8 symmetries of the square, (N, T, F)."""
@@ -889,10 +889,11 @@ class AntWorld(World):
         return ant_routes(field)
 
     def expert(self, batch: AntBatch, route, alive, rng):
-        """Trots to the centre of the next cell -> torques (B, 8), what `batch.step` takes: the same with noise."""
+        """Trots to the centre of the next cell -> torques (B, 8), to learn, and what to do: the same with noise."""
         way = ant_direction(batch, route, alive)
         torques = trot(batch.state, way)
-        return torques, way if self.spliced else torques + self.noise * rng.standard_normal(torques.shape)
+        noisy = torques + self.noise * rng.standard_normal(torques.shape)
+        return torques.astype(np.float32), way if self.spliced else noisy
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         if self.decisions:

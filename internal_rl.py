@@ -75,7 +75,7 @@ import envs
 Count = Steps = int
 Chance = Weight = Rate = float
 BOUNDS = {"Count": (1, 10**12), "Steps": (0, 10**12), "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6)}
-CHOICES = {"world": envs.WORLDS, "block": ("transformer", "hawk"), "memory": ("segment", "none", "full")}
+CHOICES = {"world": envs.WORLDS, "memory": ("segment", "none", "full")}
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,10 @@ class Config:
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
     eval_episodes: Count = 1024  # held-out episodes and post-training rollouts
     # base model (paper: App. C.1, D.1)
-    block: str = "transformer"  # (paper: transformer on the grid, Hawk on the ant)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: Count = 4  # attention heads (paper)
-    mlp: Count = 256  # hidden units of each MLP (paper: 512)
-    gated_mlp: bool = True  # departure: SwiGLU instead of ReLU
+    mlp: Count = 384  # hidden units of each MLP (paper: 512)
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: Steps = 1  # the controller acts after this many blocks (paper: layers / 2)
@@ -118,11 +116,11 @@ class Config:
     blind_steps: Steps = 0  # first steps in which a base that shall remember a segment has no memory yet
     discover_steps: Steps = 4000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
-    kl_warmup: Steps = 250  # departure: alpha is 0 for this many steps, and grows during as many more
+    free_steps: Steps = 250  # departure: KL and openings cost nothing for so long, and ever more for as long again
     kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
     gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
-    policy_dim: Count = 64  # width of the one-block recurrent policy (paper: 256)
+    policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
     rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
@@ -135,31 +133,31 @@ class Config:
 
 CLASSROOM = Config()
 PAPER = replace(
-    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated_mlp=False, relative_obs=False, init_scale=0.1,
-    control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, relative_obs=False, init_scale=0.1, control_block=3,
+    pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
     obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
-    discover_batch=512, discover_lr=1e-3, kl_warmup=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
+    discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
     rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
-            CLASSROOM, world="paper", layers=4, control_block=2, memory="segment", pretrain_steps=10_000,
+            CLASSROOM, world="paper", memory="segment", pretrain_steps=10_000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500, blind_steps=1800, discover_steps=5000,
-            discover_batch=32, discover_lr=3e-3, kl_warmup=600, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
+            discover_batch=32, discover_lr=3e-3, free_steps=600, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
     "ant": {
         "classroom": replace(
-            CLASSROOM, world="ant", block="hawk", layers=4, control_block=2, dim=128, jumps=0.2, obs_loss=10.0,
+            CLASSROOM, world="ant", dim=128, jumps=0.2, obs_loss=10.0,
             pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
-            discover_lr=2e-3, kl_warmup=700, kl_weight=0.3, gate_price=1.5, rl_batch=1024, rl_episodes=61_440,
+            discover_lr=2e-3, free_steps=700, kl_weight=0.3, gate_price=1.5, rl_batch=1024, rl_episodes=61_440,
             eval_episodes=512,
         ),
         "paper": replace(
-            PAPER, world="ant-simulated", block="hawk", layers=8, control_block=4, obs_loss=10.0,
+            PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
             pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128, discover_lr=3e-4,
             rl_episodes=13_107_200, rl_batch=256,
         ),
@@ -167,7 +165,7 @@ PRESETS = {
 }  # fmt: skip
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "kl_warmup": 5,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "free_steps": 5,
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 
@@ -181,7 +179,8 @@ FAST = {
 #
 # Every block maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with the state
 # carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 nothing, step
-# t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors, batch first.
+# t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors, batch first;
+# it is empty where an episode starts and where steps are alone.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +196,6 @@ class AttentionMixer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c.heads, self.BUCKETS))
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
-    def initial(self, B: int):
-        H, d = self.heads, self.out.in_features // self.heads
-        return self.bias.new_zeros(B, H, 0, d), self.bias.new_zeros(B, H, 0, d), self.bias.new_zeros(B, 0)
-
     def bucket(self, distance):
         """Distances 0..15 have a bucket each, longer ones share buckets on a log scale."""
         exact = self.BUCKETS // 2
@@ -211,69 +206,21 @@ class AttentionMixer(nn.Module):
     def forward(self, x, keep, state):
         B, T, D = x.shape
         if keep is None:  # a step that is alone attends to itself
-            return self.out(F.linear(x, self.qkv.weight[2 * D :])), state
-        keys, values, log_kept = state
-        S = keys.shape[2]
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+            return self.out(F.linear(x, self.qkv.weight[2 * D :])), ()
+        q, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score. A keep of
         # 0 counts as 1e-4, so that it still has a gradient.
-        start = log_kept[:, -1:] if S else 0.0
-        log_kept = torch.cat([log_kept, start + torch.log(1e-4 + (1 - 1e-4) * keep).cumsum(dim=1)], dim=1)
-        distance = torch.arange(S, S + T, device=x.device)[:, None] - torch.arange(S + T, device=x.device)
-        bias = self.bias[:, self.bucket(distance.clamp_min(0))] + (log_kept[:, S:, None] - log_kept[:, None])[:, None]
-        bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S + T)
+        log_kept = torch.log(1e-4 + (1 - 1e-4) * keep).cumsum(dim=1)
+        if state:
+            keys, values = torch.cat([state[0], keys], dim=2), torch.cat([state[1], values], dim=2)
+            log_kept = torch.cat([state[2], state[2][:, -1:] + log_kept], dim=1)
+        S = keys.shape[2]
+        distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
+        reached = log_kept[:, S - T :, None] - log_kept[:, None]
+        bias = self.bias[:, self.bucket(distance.clamp_min(0))] + reached[:, None]
+        bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
-
-
-class HawkMixer(nn.Module):
-    """Temporal mixing of Hawk: a gated linear recurrence (RG-LRU) behind a short convolution (here 2 taps)."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.inp = nn.Linear(c.dim, c.dim, bias=False)
-        self.branch = nn.Linear(c.dim, c.dim, bias=False)
-        self.taps = nn.Parameter(torch.stack([torch.ones(c.dim), torch.zeros(c.dim)]))
-        self.gates = nn.Linear(c.dim, 2 * c.dim)
-        self.decay = nn.Parameter(torch.linspace(0.5, 4.6, c.dim))  # slowest a between 0.02 and 0.92 per step
-        self.out = nn.Linear(c.dim, c.dim, bias=False)
-
-    def initial(self, B: int):
-        return self.decay.new_zeros(B, len(self.decay)), self.decay.new_zeros(B, len(self.decay))
-
-    def forward(self, x, keep, state):
-        u, (h, u0) = self.inp(x), state
-        v = self.taps[0] * u
-        if keep is not None:
-            keep = keep[..., None]
-            v = v + self.taps[1] * keep * torch.cat([u0[:, None], u[:, :-1]], dim=1)
-        r, i = torch.sigmoid(self.gates(v)).chunk(2, dim=-1)
-        # a_t = sigmoid(decay)^(8 r_t);  h_t = keep_t a_t h_t-1 + sqrt(1 - a_t^2) i_t v_t
-        a = torch.exp(8 * r * F.logsigmoid(self.decay))
-        hs = torch.sqrt(1 - a * a + 1e-6) * i * v
-        if keep is not None:
-            steps = []
-            for at, bt in zip((keep * a).unbind(1), hs.unbind(1)):
-                h = torch.addcmul(bt, at, h)
-                steps.append(h)
-            hs, state = torch.stack(steps, dim=1), (h, u[:, -1])
-        return self.out(F.gelu(self.branch(x)) * hs), state
-
-
-class MLP(nn.Module):
-    """ReLU MLP as in the paper, or SwiGLU (gated): the base must multiply "which goal" by "where it lies"."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.up = nn.Linear(c.dim, c.mlp, bias=False)
-        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.gated_mlp else None
-        self.down = nn.Linear(c.mlp, c.dim, bias=False)
-
-    def forward(self, x):
-        if self.gate is None:
-            return self.down(F.relu(self.up(x)))
-        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -282,8 +229,8 @@ class Block(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.mix_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
-        self.mixer = HawkMixer(c) if c.block == "hawk" else AttentionMixer(c)
-        self.mlp = MLP(c)
+        self.mixer = AttentionMixer(c)
+        self.mlp = nn.Sequential(nn.Linear(c.dim, c.mlp, bias=False), nn.ReLU(), nn.Linear(c.mlp, c.dim, bias=False))
 
     def forward(self, x, keep, state):
         y, state = self.mixer(self.mix_norm(x), keep, state)
@@ -378,10 +325,6 @@ class GridHead(nn.Linear):
         super().__init__(c.dim, 4)
         self.next = nn.Linear(c.dim, world.size**2)
 
-    def nll(self, logits, target):
-        """-ln p of the expert's action, given as a one-hot (..., 4) -> (...)."""
-        return -(target * F.log_softmax(logits, dim=-1)).sum(-1)
-
     def next_nll(self, features, obs):
         """-ln p(o_t+1) of what moves, features (B, T, D), obs (B, T, F) -> (B, T)."""
         return F.cross_entropy(self.next(features).transpose(1, 2), obs[..., -1], reduction="none")
@@ -401,9 +344,6 @@ class AntHead(nn.Linear):
         super().__init__(c.dim, 8)
         self.log_std = nn.Parameter(torch.full((8,), -1.0))
         self.next = nn.Linear(c.dim, world.parts["local"].stop)
-
-    def nll(self, mean, target):
-        return -self.log_prob(mean, target)
 
     def next_nll(self, features, obs):
         """Of a Gaussian of standard deviation 1, without its constant."""
@@ -443,7 +383,7 @@ class BaseModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _run(self, blocks, x, keep, state):
-        state = state or [block.mixer.initial(len(x)) for block in blocks]
+        state = state or [()] * len(blocks)
         after = []
         for block, before in zip(blocks, state):
             x, part = block(x, keep, before)
@@ -603,8 +543,7 @@ def expert_batches(run: Run, rng: np.random.Generator, batch: int):
 
 def action_nll(run: Run, base: BaseModel, features, episodes: envs.Episodes):
     """-ln p(the expert's action), nats; features (B, T, D) -> (B, T), 0 in padding."""
-    nll = base.head.nll(base.head(features), run.tensor(episodes.target))
-    return nll * run.tensor(episodes.mask)
+    return -base.head.log_prob(base.head(features), run.tensor(episodes.target)) * run.tensor(episodes.mask)
 
 
 class Muon(torch.optim.Optimizer):
@@ -634,19 +573,13 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(wide if wide.shape == p.shape else wide.T, alpha=group["lr"] * size)
 
 
-def cosine(steps: int, floor: float = 0.02, warmup: int = 50):
-    """Learning-rate factor: linear warm-up, then half a cosine down to `floor`."""
-
-    def factor(step):
-        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
-        return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * fall)
-
-    return factor
-
-
 def scheduled(c: Config, optimiser, steps: int) -> list:
-    """The optimiser, and what lowers its rate along a cosine; the paper's rates are constant."""
-    return [optimiser, *([torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))] if c.fast_optimiser else [])]
+    """The optimiser, and what warms its rate up and lowers it along a cosine; the paper's rates are constant."""
+    if not c.fast_optimiser:
+        return [optimiser]
+    peak, total = optimiser.param_groups[0]["lr"], max(2, steps)
+    cycle = {"pct_start": 0.02, "div_factor": 25, "final_div_factor": 2, "cycle_momentum": False}
+    return [optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total, **cycle)]
 
 
 WEIGHT_DECAY = 0.03  # (paper)
@@ -833,39 +766,26 @@ class Result(NamedTuple):
     visited: np.ndarray  # (N, T) colour visited by each step, else -1
     switched: np.ndarray  # (N, T) open gates
     mask: np.ndarray  # (N, T) steps that were lived
-    obs: torch.Tensor  # (N, T, F), empty unless recorded
-    action: torch.Tensor  # (N, T, ...), empty unless recorded
-    log_prob: torch.Tensor  # (N, T) of the actions, empty unless recorded
+    obs: torch.Tensor | None  # (N, T, F) if recorded
+    action: torch.Tensor | None  # (N, T, ...) if recorded
+    log_prob: torch.Tensor | None  # (N, T) of the actions if recorded
 
 
+@torch.no_grad()
 def rollout(
-    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False, chunk=2048
+    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False
 ) -> Result:
     """`count` episodes of the post-training task on random solvable layouts.
 
     temperature scales the base's action distribution; record keeps observations and actions; roam lets wrong visits
     pass (for counting transitions). Episodes step together and are dropped when they end: cost follows the living.
-    Chunks keep the working set in the processor's cache.
     """
-    parts = []
-    for start in range(0, count, chunk):
-        batch = run.world.batch(min(chunk, count - start), rng, roam)
-        parts.append(_rollout_chunk(run, base, pilot, batch, generator, temperature, record))
-    columns = dict(zip(Result._fields, zip(*parts)))
-    T = max(int(mask.sum(axis=1).max()) for mask in columns["mask"])  # the longest episode
-    joined = {name: np.concatenate(columns[name])[:, :T] for name in ("visited", "switched", "mask")}
-    joined |= {name: torch.cat(columns[name])[:, :T] for name in ("obs", "action", "log_prob")}
-    return Result(reward=torch.cat(columns["reward"]), **joined)
-
-
-@torch.no_grad()
-def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperature, record) -> Result:
-    B, T, device = len(batch), run.world.limit, run.device
-    visited, switched = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
-    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
+    batch, T, device = run.world.batch(count, rng, roam), run.world.limit, run.device
+    visited, switched = np.full((count, T), -1, dtype=np.int8), np.zeros((count, T), dtype=bool)
+    mask, reward = np.zeros((count, T), dtype=bool), torch.zeros(count, device=device)
     tables = None  # of observations, actions and their log-probabilities
-    alive, lower, upper = np.arange(B), None, None
-    pilot.begin(B, run)
+    alive, lower, upper = np.arange(count), None, None
+    pilot.begin(count, run)
     for t in range(T):
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower = base.lower(obs[:, None], lower)
@@ -879,7 +799,7 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
         visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
         if record:
             values = obs, action, base.head.log_prob(output, action, temperature)
-            tables = tables or [value.new_zeros(B, T, *value.shape[1:]) for value in values]
+            tables = tables or [value.new_zeros(count, T, *value.shape[1:]) for value in values]
             for table, value in zip(tables, values):
                 table[rows, t] = value
         reward[rows] += run.tensor(gain)
@@ -891,7 +811,7 @@ def _rollout_chunk(run: Run, base: BaseModel, pilot, batch, generator, temperatu
             lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
         if not len(alive):
             break
-    return Result(reward, visited, switched, mask, *(tables or [torch.zeros(B, 0)] * 3))
+    return Result(reward, visited, switched, mask, *(tables or [None] * 3))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -928,9 +848,9 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     An opening of the gate has a price of its own: that of an empty proposal, of no KL, would be nothing, and gates
-    would stay half open to shrink a code with it. A half-open gate pays 5/8 of the price. charge, 0 to 1, is the share
-    of KL and price that is charged yet. Gradients flow through the frozen upper blocks. blind: the base has no memory
-    at all, so that the code must say everything. After it the base remembers what it will remember in phase 3.
+    would stay half open to shrink a code with it. charge, 0 to 1, is the share of KL and price that is charged yet.
+    Gradients flow through the frozen upper blocks. blind: the base has no memory at all, so that the code must say
+    everything. After it the base remembers what it will remember in phase 3.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
@@ -941,9 +861,9 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = (code_kl(mean, log_std) * entry).sum(1).mean()
-    opened = (gate * (3 - gate) / 2 * mask).sum(1).mean() - 1  # the first step is no opening
+    opened = (gate * mask).sum(1).mean() - 1  # the first step is no opening
     loss = nll + charge * (run.config.kl_weight * kl + run.config.gate_price * opened)
-    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item() - 1}
+    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": opened.item()}
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -954,7 +874,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=0)
     steppers = scheduled(c, optimiser, c.discover_steps)
     for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
-        charge = min(1.0, max(0, step - c.kl_warmup) / max(1, c.kl_warmup))
+        charge = min(1.0, max(0, step - c.free_steps) / max(1, c.free_steps))
         loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge, step <= c.blind_steps)
         update(meta, loss / 10, *steppers)
         if step % 50 == 0 or step == c.discover_steps:
@@ -972,25 +892,22 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 
 
 class Policy(nn.Module):
-    """Causal policy over codes: one recurrent block whose state advances at switches, then a Gaussian.
+    """Causal policy over codes: a GRU whose state advances at switches, then a Gaussian.
 
     At first it is the codes' prior, N(0, I).
     """
 
     def __init__(self, c: Config):
         super().__init__()
-        self.inp = nn.Linear(c.dim, c.policy_dim)
-        self.block = Block(replace(c, block="hawk", dim=c.policy_dim, mlp=2 * c.policy_dim, gated_mlp=True))
-        self.norm = nn.RMSNorm(c.policy_dim)
+        self.memory = nn.GRU(c.dim, c.policy_dim, batch_first=True)
         self.head = nn.Linear(c.policy_dim, 2 * c.code_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, residual, state=None):
-        """residual (B, K, D) at K successive switches -> mean, log_std (B, K, Z), state."""
-        state = self.block.mixer.initial(len(residual)) if state is None else state
-        x, state = self.block(self.inp(residual), torch.ones_like(residual[..., 0]), state)
-        return *self.head(self.norm(x)).chunk(2, dim=-1), state
+        """residual (B, K, D) at K successive switches -> mean, log_std (B, K, Z), state (1, B, policy_dim)."""
+        x, state = self.memory(F.rms_norm(residual, residual.shape[-1:]), state)
+        return *self.head(x).chunk(2, dim=-1), state
 
 
 class Decisions(NamedTuple):
@@ -1013,34 +930,28 @@ class PolicyCodes:
     MOST = 12
 
     def __init__(self, policy: Policy, generator, sample: bool = True):
-        self.policy, self.generator, self.sample, self.tables = policy, generator, sample, []
+        self.policy, self.generator, self.sample = policy, generator, sample
 
     def begin(self, B: int, run: Run) -> None:
         c, device = run.config, run.device
-        self.state = self.policy.block.mixer.initial(B)
+        self.state = torch.zeros(1, B, c.policy_dim, device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)  # decisions so far
         shapes = (c.dim,), (c.code_dim,), (), ()
-        self.tables.append([torch.zeros(B, self.MOST, *shape, device=device) for shape in shapes])
+        self.tables = [torch.zeros(B, self.MOST, *shape, device=device) for shape in shapes]
 
     def __call__(self, residual, rows):
         """residual (B, D) of the episodes `rows` (B,) whose gate is open -> code (B, Z)."""
-        mean, log_std, state = self.policy(residual[:, None], tuple(part[rows] for part in self.state))
-        for part, new in zip(self.state, state):
-            part[rows] = new
+        mean, log_std, self.state[:, rows] = self.policy(residual[:, None], self.state[:, rows])
         mean, log_std = mean[:, 0], log_std[:, 0]
         noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
         code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
         k = self.count[rows]
         kept = k < self.MOST
         entry = residual, code, gaussian_log_prob(code, mean, log_std), torch.ones_like(mean[:, 0])
-        for table, value in zip(self.tables[-1], entry):
+        for table, value in zip(self.tables, entry):
             table[rows[kept], k[kept]] = value[kept]
         self.count[rows] += 1
         return code
-
-    def decisions(self, reward) -> Decisions:
-        """All decisions since construction."""
-        return Decisions(*(torch.cat(column) for column in zip(*self.tables)), reward)
 
 
 class InternalLearner:
@@ -1055,7 +966,7 @@ class InternalLearner:
         codes = PolicyCodes(self.model, generator, sample)
         pilot = CodePilot(self.meta, codes)
         result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.temperature)
-        return codes.decisions(result.reward), result.reward.mean().item()
+        return Decisions(*codes.tables, result.reward), result.reward.mean().item()
 
     def log_prob(self, inputs, chosen):
         mean, log_std, _ = self.model(inputs)
@@ -1163,8 +1074,8 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
     for part in episodes.chunks():
-        nll = base.head.nll(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
-        total += (nll * run.tensor(part.mask)).sum().item()
+        log_prob = base.head.log_prob(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
+        total -= (log_prob * run.tensor(part.mask)).sum().item()
     excess = total / count - run.world.floor(episodes)
     reach = rollout(run, base, Pilot(), count, *run.start("evaluate"))
     metrics = {
@@ -1449,7 +1360,7 @@ class Run:
         if step < total and elapsed - self.shown < every:
             return
         self.shown = elapsed
-        left = elapsed / max(step, 1) * (total - step)
+        left = elapsed / max(step, 1) * max(0, total - step)
         if not self.quiet:
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
