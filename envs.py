@@ -291,7 +291,20 @@ class Batch:
 
 
 class PinpadEnv(gym.Env):
-    """What the two Gymnasium environments share: a `Batch` of one episode of `self.world`."""
+    """What the two Gymnasium environments share: a `Batch` of one episode of `self.world`.
+
+    ## Reward
+    1 when the last colour of the task is visited in order, else 0. Neither the task nor the history of visits is in
+    the observation.
+
+    ## Start
+    Colours, walls and agent on distinct cells, uniformly. Layouts are not checked for solvability unless
+    `reset(options={"solvable": True})`.
+
+    ## End
+    Terminates when the task is solved, when a wrong colour is visited, and after `limit` steps: the limit is part of
+    the task. Never truncates. `info["subgoal"]` is the true subgoal: for evaluation only.
+    """
 
     def __init__(self, world: World, render_mode: str | None):
         if render_mode not in (None, *self.metadata["render_modes"]):
@@ -570,18 +583,7 @@ class GridPinpad(PinpadEnv):
     | colours .. colours + walls - 1 | this wall stands on the cell |
     | colours + walls | the agent is on the cell |
 
-    Neither the task nor the history of visits is in it.
-
-    ## Reward
-    1 when the last colour of the task is visited in order, else 0.
-
-    ## Start
-    Colours, walls and agent on distinct cells, uniformly. Layouts are not checked for solvability unless
-    `reset(options={"solvable": True})`.
-
-    ## End
-    Terminates when the task is solved, when a wrong colour is visited, and after `limit` steps: the limit is
-    part of the task. Never truncates. `info["subgoal"]` is the true subgoal: for evaluation only.
+    Reward, start and end: see `PinpadEnv`.
 
     ## Arguments
     size, colours, walls, limit, task (a sequence of colours), subgoals (the colours of each subgoal; single
@@ -949,21 +951,9 @@ class AntPinpad(PinpadEnv):
     | 29 .. 28 + 2n | things | centre of each colour, then wall, minus torso: x, y; in half grids, like xy |
     | the last 2 | local | torso's x, y in its cell; the cell is [-1, 1] |
 
-    Neither the task nor the history of visits is in it.
-
-    ## Reward
-    1 when the last colour of the task is visited in order, else 0.
-
-    ## Start
-    Colours, walls and ant on distinct cells, uniformly; the ant anywhere in its cell, with any yaw, joint angles and
-    rates within 0.1 of standing still. Layouts are not checked for solvability unless
-    `reset(options={"solvable": True})`.
-
-    ## End
-    Terminates when the task is solved, when a wrong colour or a wall cell is entered, when the torso is lower than
-    0.2 m or higher than 1.0 m, when the simulation diverges, and after `limit` steps: the limit is part of the task.
-    Never truncates. Off the grid the ant counts as in the nearest cell. `info["subgoal"]` is the true subgoal: for
-    evaluation only.
+    Reward, start and end: see `PinpadEnv`. The ant starts anywhere in its cell, with any yaw, joint angles and rates
+    within 0.1 of standing still. An episode also ends when a wall cell is entered, when the torso is lower than 0.2 m
+    or higher than 1.0 m, and when the simulation diverges. Off the grid the ant counts as in the nearest cell.
 
     ## Arguments
     size, colours, walls, limit, task (a sequence of colours), render_mode ("ansi" or "rgb_array").
