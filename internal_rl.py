@@ -769,15 +769,13 @@ class Result(NamedTuple):
 
 
 @torch.no_grad()
-def rollout(
-    run: Run, base: BaseModel, pilot, count: int, rng, generator, temperature=1.0, record=False, roam=False
-) -> Result:
-    """`count` episodes of the post-training task on random solvable layouts.
+def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temperature=1.0, record=False) -> Result:
+    """The episodes of a batch, from where they stand to their ends.
 
-    temperature scales the base's action distribution; record keeps observations and actions; roam lets wrong visits
-    pass (for counting transitions). Episodes step together and are dropped when they end: cost follows the living.
+    temperature scales the base's action distribution; record keeps observations and actions. Episodes step together
+    and are dropped when they end: cost follows the living.
     """
-    batch, T, device = run.world.batch(count, rng, roam), run.world.limit, run.device
+    count, T, device = len(batch), run.world.limit, run.device
     visited, switched = np.full((count, T), -1, dtype=np.int8), np.zeros((count, T), dtype=bool)
     mask, reward = np.zeros((count, T), dtype=bool), torch.zeros(count, device=device)
     tables = None  # of observations, actions and their log-probabilities
@@ -961,8 +959,8 @@ class InternalLearner:
     def collect(self, count: int, rng, generator, sample: bool = True) -> tuple[Decisions, float]:
         """Play `count` episodes -> what to learn from, success."""
         codes = PolicyCodes(self.model, generator, sample)
-        pilot = CodePilot(self.meta, codes)
-        result = rollout(self.run, self.base, pilot, count, rng, generator, self.run.config.temperature)
+        pilot, batch = CodePilot(self.meta, codes), self.run.world.batch(count, rng)
+        result = rollout(self.run, self.base, pilot, batch, generator, self.run.config.temperature)
         return Decisions(*codes.tables, result.reward), result.reward.mean().item()
 
     def log_prob(self, inputs, chosen):
@@ -985,7 +983,7 @@ class RawLearner:
         self.optimiser = torch.optim.Adam(base.parameters(), lr=run.config.raw_lr)
 
     def collect(self, count: int, rng, generator) -> tuple[Decisions, float]:
-        result = rollout(self.run, self.model, Pilot(), count, rng, generator, record=True)
+        result = rollout(self.run, self.model, Pilot(), self.run.world.batch(count, rng), generator, record=True)
         mask = self.run.tensor(result.mask).float()
         batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
         failed = torch.nonzero(batch.reward == 0)[:, 0]
@@ -1074,7 +1072,8 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
         log_prob = base.head.log_prob(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
         total -= (log_prob * run.tensor(part.mask)).sum().item()
     excess = total / count - run.world.floor(episodes)
-    reach = rollout(run, base, Pilot(), count, *run.start("evaluate"))
+    rng, generator = run.start("evaluate")
+    reach = rollout(run, base, Pilot(), run.world.batch(count, rng), generator)
     metrics = {
         "base_excess_nats": excess,
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
@@ -1087,7 +1086,8 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     """Post-training success of ground-truth controllers that are switched by hand, actions at temperature 1."""
     rng, generator = run.start("evaluate")
-    result = rollout(run, models["pretrain"], LabelPilot(labels), run.config.eval_episodes, rng, generator)
+    batch = run.world.batch(run.config.eval_episodes, rng)
+    result = rollout(run, models["pretrain"], LabelPilot(labels), batch, generator)
     run.say(f"ground-truth controllers: post-training success {result.reward.mean():.3f}")
     return {"steer_success": result.reward.mean().item()}
 
@@ -1128,9 +1128,9 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
     pilot = CodePilot(meta, PolicyCodes(Policy(c).to(run.device), generator))  # random codes: it has not learned yet
-    roaming = rollout(run, base, pilot, c.eval_episodes, rng, generator, c.temperature, roam=True)
+    roaming = rollout(run, base, pilot, world.batch(c.eval_episodes, rng, roam=True), generator, c.temperature)
     table = transition_table(world, roaming.visited)
-    trials = rollout(run, base, pilot, 4 * c.eval_episodes, rng, generator, c.temperature)
+    trials = rollout(run, base, pilot, world.batch(4 * c.eval_episodes, rng), generator, c.temperature)
     for line in raster(run, base, meta):
         run.say(line)
     metrics = {
@@ -1271,7 +1271,7 @@ def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy
     plt = pyplot()
     rng, generator = run.start("figures")
     pilot = CodePilot(meta, PolicyCodes(policy, generator))
-    result = rollout(run, base, pilot, 16, rng, generator, run.config.temperature, record=True)
+    result = rollout(run, base, pilot, run.world.batch(16, rng), generator, run.config.temperature, record=True)
     i = int(result.reward.argmax())  # a solved one if there is one
     steps, world = int(result.mask[i].sum()), run.world
     places = world.places(result.obs[i, :steps].cpu().numpy()) - 0.5  # (steps, things, 2)

@@ -930,7 +930,8 @@ def test_rollout_equals_the_whole_sequence(name, memory, temperature, threshold)
     The actions are drawn from just these distributions: their mean log-probability is minus the entropy."""
     run, base, meta, _ = make_players(name, memory=memory, threshold=threshold)
     pilot = ir.CodePilot(meta, Mock(side_effect=lambda residual, rows: residual[:, :4]))
-    result = ir.rollout(run, base, pilot, 60, *generators(), temperature, record=True)
+    rng, generator = generators()
+    result = ir.rollout(run, base, pilot, run.world.batch(60, rng), generator, temperature, record=True)
     residual, mask = base.lower(result.obs)[0], torch.from_numpy(result.mask)
     code, gate = meta.integrate(residual, residual[..., :4], threshold)
     gate = (gate > threshold).float()
@@ -978,7 +979,8 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(name, most, monk
         return controlled, opened
 
     pilot.steer = spy
-    result = ir.rollout(run, base, pilot, 50, *generators())
+    rng, generator = generators()
+    result = ir.rollout(run, base, pilot, run.world.batch(50, rng), generator)
     assert result.switched[:, 0].all() and 50 < result.switched.sum() < result.mask.sum()
     batch = ir.Decisions(*codes.tables, result.reward)
     assert np.array_equal(batch.mask.sum(1).numpy(), result.switched.sum(axis=1).clip(max=most))
@@ -1015,7 +1017,8 @@ def test_label_pilot_switches_with_the_subgoal():
     labels, seen = wake(ir.Labels(run.config)), []
     control = labels.control
     labels.control = lambda residual, subgoal: seen.append(subgoal) or control(residual, subgoal)
-    result = ir.rollout(run, base, ir.LabelPilot(labels), 40, *generators())
+    rng, generator = generators()
+    result = ir.rollout(run, base, ir.LabelPilot(labels), run.world.batch(40, rng), generator)
     visits = np.pad(result.visited[:, :-1] >= 0, ((0, 0), (1, 0)), constant_values=True)
     assert np.array_equal(result.switched, visits & result.mask) and result.switched[:, 1:].any()
     for t, subgoal in enumerate(seen):
@@ -1075,6 +1078,7 @@ def test_thinned_batch_has_the_same_gradient(monkeypatch):
     monkeypatch.setattr(ir, "rollout", lambda *a, **k: result)
     monkeypatch.setattr(ir.RawLearner, "FAILURES", 4)
     learner = ir.RawLearner(make_run(), ir.BaseModel(make_run().config))
+    learner.run.world = Mock()
     for seed in range(2000):
         batch, success = learner.collect(10, None, torch.Generator().manual_seed(seed))
         assert len(batch.reward) == 6 and batch.reward.sum() == 2 and success == pytest.approx(0.2)
