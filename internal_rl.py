@@ -255,26 +255,43 @@ class Block(nn.Module):
 class GridEmbedding(nn.Module):
     """Linear map of the grid observation, given as the cells of its ones: (B, T, O + W + 1) -> (B, T, D).
 
-    A vector for each (object, place); an observation is the sum of its vectors. Absolute: a place is a cell, which
-    makes it a plain linear layer on the 637 numbers. Relative: the place of an object is its offset from the agent, a
-    bijection of the same observation that is learned many times faster; walls, whose names mean nothing, share theirs.
+    Absolute: a weight vector for each (object, cell), which is a plain linear layer on the 637 numbers. Relative:
+    a vector for each (object, offset from the agent), a bijection of the same observation that is learned many
+    times faster. There the colours share their geometry: vector = features(offset) @ matrix(colour) +
+    obstacle(offset); walls, whose names mean nothing, are obstacles and no more.
     """
+
+    FEATURES = 24
 
     def __init__(self, c: Config, world: envs.World, dim: int):
         super().__init__()
-        self.relative, O, W = c.relative_obs, world.colours, world.walls
-        places = (2 * world.size - 1) ** 2 if self.relative else world.size**2
-        kinds = torch.tensor([*range(O), *([O] * W if self.relative else range(O, O + W)), O + W])
-        self.weight = nn.Parameter(torch.randn((O + W + 1) * places, dim) * (c.init_scale / world.objects) ** 0.5)
-        self.register_buffer("first_row", kinds * places, persistent=False)
+        self.relative, cells, O = c.relative_obs, world.size**2, world.colours
         self.register_buffer("offset", torch.from_numpy(envs.offset_table(world.size)), persistent=False)
+        if self.relative:
+            offsets = (2 * world.size - 1) ** 2
+            self.features = nn.Parameter(0.5 * torch.randn(offsets, self.FEATURES))
+            self.colour = nn.Parameter(torch.randn(O, self.FEATURES, dim) * self.FEATURES**-0.5)
+            self.obstacle = nn.Parameter(0.1 * torch.randn(offsets, dim))
+            self.agent = nn.Parameter(0.1 * torch.randn(cells, dim))
+            first_row = torch.tensor([*range(O), *[O] * world.walls, O + 1]) * offsets
+        else:
+            self.weight = nn.Parameter(torch.randn(world.objects * cells, dim) * (c.init_scale / world.objects) ** 0.5)
+            first_row = torch.arange(world.objects) * cells
+        self.register_buffer("first_row", first_row, persistent=False)
+
+    def table(self):
+        """One row per (object, place), (rows, D)."""
+        if not self.relative:
+            return self.weight
+        colours = self.features @ self.colour + self.obstacle
+        return torch.cat([colours.flatten(0, 1), self.obstacle, self.agent])
 
     def forward(self, cells):
         if self.relative:
             agent = cells[..., -1:]
             cells = torch.cat([self.offset[cells[..., :-1], agent], agent], dim=-1)
         rows = (cells + self.first_row).flatten(0, -2)
-        return F.embedding_bag(rows, self.weight, mode="sum").unflatten(0, cells.shape[:-1])
+        return F.embedding_bag(rows, self.table(), mode="sum").unflatten(0, cells.shape[:-1])
 
 
 class AntEmbedding(nn.Module):
