@@ -9,6 +9,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.entries(obs)              at which steps it reads
     world.expert_success(count)     of the post-training task
     world.batch(count, rng)         episodes of the post-training task to act in: observe, step, subgoal, select
+    world.scattered(count, rng)     the same, on one layout from everywhere
     world.floor(episodes)           loss of the best possible predictor of the expert
     world.places(obs)               where everything is, to draw it
 
@@ -124,6 +125,14 @@ class World:
         """`count` episodes of the post-training task on random solvable layouts, to act in."""
         layout, tasks, _, _ = solvable_layouts(self, [self.post], count, rng)
         return self.start(layout, tasks, rng, roam)
+
+    def scattered(self, count: int, rng) -> Batch:
+        """`count` episodes on one layout, each from any free cell; visits end nothing."""
+        layout, tasks, _, _ = solvable_layouts(self, [self.post], 1, rng)
+        repeat = lambda parts: [np.repeat(part, count, axis=0) for part in parts]
+        batch = self.start(Layout(*repeat(layout)), repeat(tasks), rng, roam=True)
+        batch.place(batch.rows, one_of(batch.content < 0, rng), rng)
+        return batch
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         """`count` trajectories of the expert to learn from.

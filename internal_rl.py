@@ -25,8 +25,8 @@ Three phases, in the order of this file:
        residual e_t, where the gate opens -> [policy] -> code z, held until the gate opens again
 
 A run prints how far the base is from the best possible predictor, how well ground-truth controllers steer it, a raster
-of true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes checkpoints,
-metrics.csv, config.json, results.json and three figures to --out. Run it again to resume after an interruption.
+of true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes run.pt (its
+models), metrics.csv, config.json, results.json and a picture to --out. Run it again to resume after an interruption.
 
 Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z size of a code, R rank)
 
@@ -115,7 +115,7 @@ class Config:
     decoder_hidden: Count = 32  # (paper)
     mirror: bool = True  # departure: the encoder sees a rotated or reflected copy of the episode
     blind_steps: Steps = 0  # first steps in which a base that shall remember a segment has no memory yet
-    discover_steps: Steps = 4000  # (paper: 64,000)
+    discover_steps: Steps = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
     free_steps: Steps = 250  # departure: KL and openings cost nothing for so long, and ever more for as long again
     kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
@@ -124,7 +124,7 @@ class Config:
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Steps = 60_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
@@ -1144,6 +1144,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     switched[:, 0] = later[:, 0] = False
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
+    named = [code[at & (run.tensor(subgoal) == k)] for k in range(len(world.subgoals))]
     pilot = CodePilot(meta, PolicyCodes(Policy(c).to(run.device), generator))  # random codes: it has not learned yet
     roaming = rollout(run, base, pilot, world.batch(c.eval_episodes, rng, roam=True), generator, c.temperature)
     table = transition_table(world, roaming.visited)
@@ -1164,7 +1165,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "counting_success": world.counting_success,
     }
     run.say("codes: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
-    return metrics
+    return metrics | {"mean_codes": [part.mean(0).nan_to_num().tolist() for part in named]}  # of each true subgoal
 
 
 def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
@@ -1250,74 +1251,179 @@ def pyplot():
     return plt
 
 
-def draw_switches(run: Run, base: BaseModel, meta: Metacontroller, path: Path) -> None:
-    """The gate over time on three held-out episodes; the shades are the true subgoals."""
-    plt = pyplot()
-    episodes = run.held_out().take(np.arange(3))
-    subgoal, _ = subgoals(run.world, episodes)
-    gate = encode(run, base, meta, episodes, *run.start("figures"))[1].cpu().numpy()
-    figure, axes = plt.subplots(3, 1, figsize=(7, 4.5), sharex=True, layout="constrained")
-    for i, axis in enumerate(axes):
-        steps = int(episodes.mask[i].sum())
-        for t in range(steps):
-            axis.axvspan(t - 0.5, t + 0.5, color=f"C{subgoal[i, t]}", alpha=0.25, linewidth=0)
-        axis.stem(np.arange(steps), gate[i, :steps], basefmt=" ", linefmt="k-", markerfmt="k.")
-        axis.set(ylim=(0, 1.05), ylabel="gate")
-    axes[0].set_title("Switch gate (bars) and true subgoal (shade); held-out expert episodes")
-    axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_curves(curve, raw_curve, path: Path) -> None:
-    """Success of each training batch against episodes: internal RL and raw-action RL."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, points in (("internal RL", curve), ("raw-action RL", raw_curve)):
-        if points:
-            axis.plot(*zip(*points), label=name)
-    axis.set(xlabel="episodes", ylabel="success, post-training task", ylim=(-0.02, 1.02))
-    if curve or raw_curve:
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_episode(run: Run, base: BaseModel, meta: Metacontroller, policy: Policy, path: Path) -> None:
-    """One episode of internal RL: the path has one colour per held code, circles are switches."""
-    plt = pyplot()
-    rng, generator = run.start("figures")
-    pilot = CodePilot(meta, PolicyCodes(policy, generator))
-    result = rollout(run, base, pilot, run.world.batch(16, rng), generator, run.config.temperature, record=True)
-    i = int(result.reward.argmax())  # a solved one if there is one
-    steps, world = int(result.mask[i].sum()), run.world
-    places = world.places(result.obs[i, :steps].cpu().numpy()) - 0.5  # (steps, things, 2)
-    column, row = places[:, -1].T
+def draw_cells(axis, world: envs.World, obs) -> None:
+    """The cells of an observation (F,): colours with their numbers, and walls."""
+    places = world.places(obs)[:-1] - 0.5
     content = np.full((world.size, world.size), -1)
-    for thing, (x, y) in enumerate(places[0, :-1].round().astype(int)):
-        content[y, x] = thing
-    picture = envs.cell_picture(world, content.reshape(-1), 24)
-    figure, axis = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
-    axis.imshow(picture, extent=(-0.5, world.size - 0.5, world.size - 0.5, -0.5))
-    held = np.cumsum(result.switched[i, :steps]) - 1
-    for code in range(held.max() + 1):
-        part = np.flatnonzero(held == code)
-        part = np.append(part, part[-1] + 1)[: steps - part[0]]
-        jitter = 0.06 * (code - held.max() / 2)  # so that the legs do not hide each other
-        axis.plot(column[part] + jitter, row[part] + jitter, color=f"C{code}", label=f"code {code + 1}")
-        axis.plot(column[part[0]] + jitter, row[part[0]] + jitter, "o", color=f"C{code}")
-    solved = "solved" if result.reward[i] else "not solved"
-    axis.set(title=f"{solved}: task " + "-".join(map(str, world.post)), xticks=[], yticks=[])
-    for colour, (x, y) in enumerate(places[0, : world.colours]):
-        axis.text(x - 0.4, y - 0.3, str(colour), fontweight="bold")
-    if held.max() < 15:  # more would leave no room for the picture
-        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 0))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    content[tuple(places.round().astype(int).T[::-1])] = np.arange(len(places))
+    edges = (-0.5, world.size - 0.5, world.size - 0.5, -0.5)
+    axis.imshow(envs.cell_picture(world, content.reshape(-1), 8), extent=edges)
+    for colour, (x, y) in enumerate(places[: world.colours]):
+        axis.text(x - 0.4, y - 0.2, str(colour), fontweight="bold")
+    axis.set(xticks=[], yticks=[])
+
+
+def code_colours(world: envs.World) -> np.ndarray:
+    """The colour of the first cell of each subgoal, (subgoals, 3)."""
+    return envs.COLOURS[[goal[0] for goal in world.subgoals]] / 255
+
+
+def draw_gates(axis, run: Run, models: dict) -> None:
+    """The gate over time on three held-out episodes; the shades are the true subgoals."""
+    episodes, colours = run.held_out().take(np.arange(3)), code_colours(run.world)
+    subgoal, changed = subgoals(run.world, episodes)
+    gate = encode(run, models["pretrain"], models["discover"], episodes, *run.start("figures"))[1].cpu().numpy()
+    for i, steps in enumerate(episodes.lengths):
+        axis.bar(np.arange(steps), 1, 1, -1.3 * i, color=colours[subgoal[i, :steps]], alpha=0.4)
+        axis.bar(np.arange(steps), gate[i, :steps], 0.3, -1.3 * i, color="black")
+        for t in [0, *np.flatnonzero(changed[i])]:
+            axis.text(t - 0.4, 1.03 - 1.3 * i, str(subgoal[i, t]), fontsize=8)
+    axis.set(yticks=[], xlabel="step", title="gate (bars) over true subgoal (shade, number), three expert episodes")
+
+
+def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
+    """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
+    rng, generator = run.start("figures")
+    pilot = CodePilot(models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
+    heat, batch = run.config.temperature, run.world.scattered(100, rng)
+    result = rollout(run, models["pretrain"], pilot, batch, generator, heat, record=True)
+    seen, rows, last = result.visited >= 0, np.arange(100), result.mask.sum(axis=1) - 1
+    first = seen.argmax(axis=1)
+    end = np.where(seen.any(axis=1), np.minimum(first + 1, last), last)
+    x, y = run.world.places(result.obs[rows, end].cpu().numpy())[:, -1].T - 0.5 + rng.uniform(-0.2, 0.2, (2, 100))
+    goal = run.world.subgoals[number][0]
+    draw_cells(axis, run.world, result.obs[0, 0].cpu().numpy())
+    axis.plot(x, y, "k.", alpha=0.4)
+    share = np.mean(result.visited[rows, first] == goal)
+    axis.set_title(f"code {number}: {share:.0%} visit {goal} first", fontsize=10)
+
+
+def draw_curves(axis, seeds: list[dict]) -> None:
+    """Success of each training batch against episodes, a line for each seed; random codes and the expert beside."""
+    for name, key, style in (("internal RL", "rl_curve", "C0-"), ("raw-action RL", "raw_curve", "C3--")):
+        for i, points in enumerate(metrics[key] for metrics in seeds if metrics.get(key)):
+            axis.plot(*zip(*points), style, label=None if i else name)
+    for name, key, style in (("the expert", "expert_success", ":"), ("random codes", "random_code_success", "-.")):
+        axis.axhline(seeds[0][key], color="grey", linestyle=style, label=name)
+    axis.set(xlabel="episodes", ylabel="success", ylim=(-0.03, 1.03), title="RL from one reward at the end")
+    axis.legend(loc="center left", fontsize=8)
+
+
+def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
+    """The paper in one picture: when the gate opens, what the codes do, how fast a policy over them learns."""
+    codes = seeds[0]["mean_codes"]
+    layout = [["gates"] * len(codes), [*range(len(codes))], ["curves"] * len(codes)]
+    figure, axes = pyplot().subplot_mosaic(layout, figsize=(9, 9), height_ratios=(2, 3, 3), layout="constrained")
+    draw_gates(axes["gates"], run, models)
+    for number, code in enumerate(codes):
+        draw_code(axes[number], run, models, number, code)
+    draw_curves(axes["curves"], seeds)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float) -> None:
+    """What was watched, animated: the path has the colour of its code, dots are switches, the gate is below."""
+    from matplotlib.animation import PillowWriter
+
+    figure, (axis, below) = pyplot().subplots(2, 1, figsize=(3, 3.4), height_ratios=(12, 1), layout="constrained")
+    colours, writer = 0.7 * code_colours(run.world), PillowWriter(fps=fps)
+    bar = below.barh(0, 1, color="black")[0]
+    below.set(xlim=(0, 1), yticks=[], xticks=[], xlabel="gate")
+    with writer.saving(figure, path, dpi=80):
+        for frames in episodes:
+            axis.clear()
+            draw_cells(axis, run.world, frames[0][0])
+            agent = axis.plot([], [], "ks", markersize=9, zorder=3)[0]
+            x, y = run.world.places(np.stack([obs for obs, *_ in frames]))[:, -1].T - 0.5
+            for t, (_, number, gate, opened) in enumerate(frames):
+                if opened:
+                    axis.plot(x[t], y[t], "o", color=colours[number])
+                agent.set_data(x[t : t + 1], y[t : t + 1])
+                bar.set_width(gate)
+                if t % run.world.tolerance == 0:
+                    writer.grab_frame()
+                axis.plot(x[t : t + 2], y[t : t + 2], color=colours[number])
+    pyplot().close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------
-# Running: stages, checkpoints, flags
+# Watching: a trained run plays, by its policy, under one code, or by hand (--phase watch)
+# ----------------------------------------------------------------------------------------------------
+
+
+class CodesByNumber:
+    """Of the codes (K, Z) always the same one, or the one that the person at the keyboard asks for."""
+
+    def __init__(self, codes, number: int | None = None):
+        self.codes, self.number = codes, number
+
+    def begin(self, B: int, run: Run) -> None:
+        pass
+
+    def __call__(self, residual, rows):
+        number = self.number
+        while number is None:
+            answer = input(f"the gate is open: code 0 to {len(self.codes) - 1}? ").strip()
+            number = int(answer) if answer.isdecimal() and int(answer) < len(self.codes) else None
+        return self.codes[[number]]
+
+
+class Viewer(CodePilot):
+    """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. Long episodes are
+    shown every few steps. `frames` has an observation, the number of the code, the gate and whether it opened."""
+
+    def __init__(self, meta: Metacontroller, choose, codes, fps: float):
+        super().__init__(meta, choose)
+        self.codes, self.fps, self.frames = codes, fps, []
+
+    def begin(self, B: int, run: Run) -> None:
+        super().begin(B, run)
+        self.world = run.world
+
+    def steer(self, residual, batch):
+        gate, t = self.meta.gate(residual, self.history[0], self.code).item(), len(self.frames)
+        shown = self.first or gate > self.threshold or t % self.world.tolerance == 0
+        if shown:
+            task = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(self.world.post))
+            print(f"step {t}, task {task}\n{envs.grid_text(self.world, batch.content[0], int(batch.cell[0]))}", end="")
+        controlled, opened = super().steer(residual, batch)
+        number = int(torch.cdist(self.code, self.codes).argmin())
+        self.frames.append((batch.observe()[0], number, gate, bool(opened)))
+        if shown:
+            print(f"{'|' if opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)
+            time.sleep(1 / self.fps if self.fps else 0)
+        return controlled, opened
+
+
+def watch(run: Run, args) -> int:
+    """Play episodes of the post-training task in the terminal; with --gif draw them as well."""
+    path = load_saved(run, "watch")
+    models = {name: load_model(run, name) for name in TRAINED}
+    codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
+    (rng, generator), episodes, solved, fps = run.start("watch"), [], 0, 4 if args.fps is None else args.fps
+    print(f"The trained run {path}. The number of a code is the true subgoal that it serves (for its name only).\n")
+    try:
+        for number in range(1, (args.watch_episodes or 3) + 1):
+            by_number = args.by_hand or args.code is not None
+            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(models["rl"], generator)
+            viewer = Viewer(models["discover"], choose, codes, fps)
+            episodes.append(viewer.frames)
+            batch = run.world.batch(1, rng)
+            result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
+            solved += int(result.reward.item())
+            visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
+            end = "solved" if result.reward.item() else "not solved"
+            print(f"{number}: {end}, {result.mask.sum()} steps, visits {visits}; solved {solved} of {number}\n")
+    except (EOFError, KeyboardInterrupt):
+        print("\nbye")
+    if args.gif:
+        write_whole(Path(args.gif), lambda file: draw_animation(run, episodes, file, fps or 4))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# Running: stages, what is saved, flags
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1330,7 +1436,7 @@ class Failure(Exception):
 
 
 # Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
-STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7}
+STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8}
 
 
 def check_finite(phase: str, **metrics) -> None:
@@ -1342,10 +1448,11 @@ def check_finite(phase: str, **metrics) -> None:
 class Run:
     """What every phase needs besides its inputs: config, seed, device, random streams, log."""
 
-    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, quiet=False):
+    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, quiet=False, name=""):
         self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
         self.world = make_world(config, torch.get_num_threads())
         self.phase, self.started, self.shown = "", time.time(), 0.0
+        self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
         self._held_out, self.curves = None, {}
 
     def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
@@ -1414,9 +1521,9 @@ class Stage(NamedTuple):
 
     phase: str  # the --phase it belongs to
     needs: tuple[str, ...]  # earlier stages whose models it takes
-    last: str  # the last config field it depends on: changing a later one leaves its checkpoint valid
+    last: str  # the last config field it depends on: changing a later one leaves what is saved valid
     run: object  # function (run, *needed models) -> model
-    build: object  # config -> untrained model, to load a checkpoint into
+    build: object  # config -> untrained model, to load a saved one into
     measure: object  # function (run, model, models so far) -> metrics
 
 
@@ -1432,7 +1539,7 @@ NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success",
 
 def write_whole(path: Path, write) -> None:
     """Write a file whole or not at all; `write` gets the path of a temporary one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name("new-" + path.name)
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -1445,75 +1552,89 @@ def write_json(path: Path, content) -> None:
     write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def load_checkpoint(run: Run, name: str) -> dict | None:
-    """Read OUT/name.pt, or None. Raises Failure if it belongs to another config or seed."""
-    path = run.out / f"{name}.pt"
-    if not os.path.exists(path):  # False for a name that cannot be one, too
-        return None
-    try:
-        content = torch.load(path, map_location=run.device)
-        config, seed = content["config"], content["seed"]
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise Failure(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it to redo this phase"
-        ) from None
-    if seed != run.seed:
-        raise Failure(f"{path}: made with --seed {seed}, this run has --seed {run.seed}; choose another --out")
+TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
+SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
+
+
+def check_origin(run: Run, name: str, content: dict, path: Path) -> None:
+    """Raise Failure if a saved stage belongs to another config or seed."""
+    if content["seed"] != run.seed:
+        raise Failure(f"{path}: made with --seed {content['seed']}, this run has {run.seed}; choose another --out")
     for f in fields(Config):
-        theirs, ours = config.get(f.name), getattr(run.config, f.name)
+        theirs, ours = content["config"].get(f.name), getattr(run.config, f.name)
         if theirs != ours:
             raise Failure(f"{path}: made with --{f.name}={theirs}, this run has {ours}; choose another --out")
         if f.name == STAGES[name].last:
-            return content
+            return
+
+
+def load_saved(run: Run, phase: str) -> Path:
+    """Fill `run.saved` with the stages that are done: those in OUT/run.pt, or else, where a later phase begins, those
+    before it in the trained run that comes with the code. Returns the file. Writes nothing.
+
+    Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs.
+    """
+    wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
+    needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
+    needed = {*TRAINED} if phase == "watch" else needed
+    path, own = run.out / "run.pt", os.path.exists(run.out / "run.pt")  # False for a name that cannot be one, too
+    if not own and phase not in ("all", "pretrain"):
+        path = SHIPPED / f"{run.name}.pt"
+    try:
+        run.saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+        run.saved = {name: run.saved[name] for name in STAGES if name in run.saved and (own or name in needed)}
+        assert all({*content} == {"config", "seed", "model", "metrics"} for content in run.saved.values())
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
+    for name, content in run.saved.items():
+        check_origin(run, name, content, path)
+    missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
+    if missing:
+        file = run.out / "run.pt"
+        raise Failure(f"--phase {phase}: {file} is not there or lacks --phase {missing[0]}; run that first")
+    return path
+
+
+def load_model(run: Run, name: str) -> nn.Module:
+    """The frozen model of a saved stage."""
+    model = STAGES[name].build(run.config).to(run.device)
+    model.load_state_dict(run.saved[name]["model"])
+    return model.requires_grad_(False)
 
 
 def run_stage(run: Run, name: str, models: dict) -> dict:
     """Load the stage if it is finished, else do it and save it. Adds its model to `models`, returns its metrics."""
-    stage, content = STAGES[name], load_checkpoint(run, name)
-    if content:
-        models[name] = stage.build(run.config).to(run.device)
-        models[name].load_state_dict(content["model"])
-        models[name].requires_grad_(False)
-        run.say(f"{name}: loaded {run.out / name}.pt")
-        return content["metrics"]
-    started = time.time()
+    if name in run.saved:
+        models[name] = load_model(run, name)
+        run.say(f"{name}: done before")
+        return run.saved[name]["metrics"]
+    stage, started = STAGES[name], time.time()
     models[name] = stage.run(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
-    check_finite(name, **metrics)
+    check_finite(name, **{key: value for key, value in metrics.items() if not isinstance(value, list)})
     if name in run.curves:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
-    content = {"config": asdict(run.config), "seed": run.seed, "model": models[name].state_dict(), "metrics": plain}
-    write_whole(run.out / f"{name}.pt", lambda file: torch.save(content, file))
+    run.saved[name] = {
+        "config": asdict(run.config), "seed": run.seed, "model": models[name].state_dict(), "metrics": plain
+    }  # fmt: skip
+    write_whole(run.out / "run.pt", lambda file: torch.save(run.saved, file))
     return plain
-
-
-def check_checkpoints(run: Run, phase: str) -> None:
-    """Raise Failure if a checkpoint belongs to another run or one that `phase` needs is missing. Writes nothing."""
-    wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
-    for name in STAGES:
-        needed = name not in wanted and any(name in STAGES[other].needs for other in wanted)
-        if load_checkpoint(run, name) is None and needed:
-            path = run.out / f"{name}.pt"
-            raise Failure(f"--phase {phase}: {path} is missing; run --phase {name} with the same --out first")
 
 
 def run_seed(run: Run, phase: str, figures: bool) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
     models, metrics = {}, {"seed": run.seed}
     for name, stage in STAGES.items():
-        if phase in ("all", stage.phase) or (run.out / f"{name}.pt").exists():
+        if phase in ("all", stage.phase) or name in run.saved:
             metrics |= run_stage(run, name, models)
     expert = max(metrics.get("expert_success", 1.0), 1e-9)
     metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
-    if figures and "discover" in models:
-        draw_switches(run, models["pretrain"], models["discover"], run.out / "switches.png")
-    if figures and "rl" in models:
-        draw_curves(metrics["rl_curve"], metrics.get("raw_curve"), run.out / "rl_curve.png")
-        draw_episode(run, models["pretrain"], models["discover"], models["rl"], run.out / "episode.png")
+    if figures and {*TRAINED} <= {*models}:
+        draw_picture(run, models, [metrics], run.out / "picture.png")
     return metrics
 
 
@@ -1530,6 +1651,22 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def between(kind, least, most):
+    """A parser of numbers from `least` to `most`."""
+
+    def parse(text: str):
+        try:
+            assert least <= kind(text) <= most
+        except (ValueError, AssertionError):
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least:,} to {most:,}") from None
+        return kind(text)
+
+    return parse
+
+
+WATCH = "watch_episodes", "fps", "by_hand", "code", "gif"  # flags of --phase watch
+
+
 def config_comments() -> dict[str, str]:
     """The comment beside each field of Config is its help text."""
     source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1].split("\nCLASSROOM")[0]
@@ -1544,13 +1681,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--env", choices=list(PRESETS), default="grid", help="which tasks")
     parser.add_argument("--preset", choices=list(PRESETS["grid"]), default="classroom", help="sizes and schedules")
-    parser.add_argument("--phase", choices=["pretrain", "discover", "rl", "all"], default="all", help="what to run")
+    parser.add_argument("--phase", default="all", help="what to run",
+                        choices=["pretrain", "discover", "rl", "all", "watch"])  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, at most 256 (0: PyTorch's default)")
+    parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
     parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
+    group = parser.add_argument_group("with --phase watch, of a trained run")
+    group.add_argument("--watch_episodes", type=between(int, 1, 10**6), help="how many [3]")
+    group.add_argument("--fps", type=between(float, 0, 1000), help="steps shown in a second, 0: no waiting [4]")
+    group.add_argument("--by_hand", action="store_true", default=None, help="you choose the codes, by their numbers")
+    group.add_argument("--code", type=between(int, 0, 99), help="this code and no other")
+    group.add_argument("--gif", help="also write an animated picture to this file")
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
     for f in fields(Config):
@@ -1646,20 +1790,26 @@ def parse_seeds(text: str) -> list[int]:
 
 def run_command(args, argv) -> int:
     config, device, seeds = make_config(args), make_device(args.device), parse_seeds(args.seed)
-    if not 0 <= args.threads <= 256:
-        raise Failure(f"--threads {args.threads}: must be from 0 to 256")
+    alien = [name for name in WATCH if args.phase != "watch" and getattr(args, name) is not None]
+    if alien:
+        raise Failure(f"--{alien[0]}: belongs to --phase watch")
+    if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
+        raise Failure(f"--code {args.code}: there are {len(envs.WORLDS[config.world].subgoals)}, the first is 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # numbers next to zero are slow and mean nothing here
-    if not args.no_figures:
+    if args.gif or not (args.no_figures or args.phase == "watch"):
         pyplot()  # say at once if it is missing
     folder = Path(args.out or f"runs/{args.env}-{args.preset}{'-fast' if args.fast else ''}")
     alone = len(seeds) == 1 and args.out
     print(f"internal_rl: --env {args.env} --preset {args.preset}; {versions()}; {describe_machine()}; "
           f"{torch.get_num_threads()} threads; {device}; to {folder}")  # fmt: skip
-    runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}") for seed in seeds]
+    name = f"{args.env}-{args.preset}"
+    runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}", name=name) for seed in seeds]
+    if args.phase == "watch":
+        return watch(runs[0], args)
     for run in runs:
-        check_checkpoints(run, args.phase)  # a mismatch must stop us before anything is written
+        load_saved(run, args.phase)  # a mismatch must stop us before anything is written
     entries = []
     for run in runs:
         prepare_folder(run)
@@ -1669,7 +1819,7 @@ def run_command(args, argv) -> int:
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
-        write_json(folder / f"{args.env}-{args.preset}.json", {**summary, "seeds": entries})
+        write_json(folder / f"{name}.json", {**summary, "seeds": entries})
     return 0
 
 

@@ -1146,12 +1146,13 @@ def copied(finished, tmp_path):
 
 
 def test_runs_leave_what_they_promise(finished):
-    """Each folder has config, metrics and checkpoints that the safe default of torch.load reads; several seeds, whose
+    """Each folder has config, metrics and models that the safe default of torch.load reads; several seeds, whose
     metrics differ, are collected in one file."""
     first, second = (finished / f"seed-{seed}" for seed in (0, 1))
-    assert set(contents(first)) == {"config.json", "metrics.csv", "results.json", *(f"{s}.pt" for s in ir.STAGES)}
+    assert set(contents(first)) == {"config.json", "metrics.csv", "results.json", "run.pt"}
     assert set(json.loads((first / "config.json").read_text())) == {"seed", *ir.Config.__dataclass_fields__}
-    assert all(torch.load(second / f"{s}.pt", weights_only=True)["seed"] == 1 for s in ir.STAGES)
+    saved = torch.load(second / "run.pt", weights_only=True)
+    assert [*saved] == [*ir.STAGES] and all(content["seed"] == 1 for content in saved.values())
     assert {line.split(",")[0] for line in (first / "metrics.csv").read_text().splitlines()} == {*ir.STAGES}
     collected = json.loads((finished / "grid-classroom.json").read_text())
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
@@ -1161,40 +1162,92 @@ def test_runs_leave_what_they_promise(finished):
 
 def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
     """Ctrl-C during discovery is one line and status 130; the same command then ends as if nothing had happened: with
-    exactly the metrics and weights of another run of that seed, a raster, a block of `key: value`, the figures drawn.
+    exactly the metrics and weights of another run of that seed, a raster, a block of `key: value`, the picture drawn.
     What has been done is not done again, and a model that is read from its checkpoint is frozen."""
     with monkeypatch.context() as patch:
         patch.setattr(ir, "discovery_loss", Mock(side_effect=KeyboardInterrupt))
         assert run_main(tmp_path) == 130
-    assert "resume" in one_line(capsys) and not (tmp_path / "discover.pt").exists()
-    before = contents(tmp_path)["pretrain.pt"]
+    before = torch.load(tmp_path / "run.pt")
+    assert "resume" in one_line(capsys) and [*before] == ["pretrain", "steer"]
     assert run_main(tmp_path) == 0 and results(tmp_path) == results(finished / "seed-0")
-    assert contents(tmp_path).items() >= {("pretrain.pt", before)} and len(list(tmp_path.glob("*.png"))) == 3
+    after, whole = (torch.load(folder / "run.pt") for folder in (tmp_path, finished / "seed-0"))
+    assert after["pretrain"]["metrics"] == before["pretrain"]["metrics"] and (tmp_path / "picture.png").exists()
     printed, models = capsys.readouterr().out, {}
     assert all(f"\n{start}" in printed for start in ("true subgoal", "gate opens", "internal_rl_success: "))
-    run = ir.Run(ir.Config(**torch.load(tmp_path / "raw.pt")["config"]), 0, CPU, tmp_path, quiet=True)
+    run = ir.Run(ir.Config(**after["raw"]["config"]), 0, CPU, tmp_path, quiet=True)
+    ir.load_saved(run, "all")
     for stage in ir.STAGES:
         ir.run_stage(run, stage, models)
-        assert changed(models[stage], torch.load(finished / "seed-0" / f"{stage}.pt")["model"]) == set()
+        assert changed(models[stage], whole[stage]["model"]) == set()
         assert not any(p.requires_grad for p in models[stage].parameters())
 
 
 def test_ant_runs(tmp_path):
-    """The same command with --env ant goes through all phases, with finite metrics, and draws its figures."""
+    """The same command with --env ant goes through all phases, with finite metrics, and draws its picture."""
     few = "--env ant --rl_batch 8 --rl_episodes 8 --threads 1 --pretrain_steps 2 --steer_steps 2"
     assert run_main(tmp_path, *few.split(), "--discover_steps", "2") == 0
     assert all(isinstance(x, list) or math.isfinite(x) for x in results(tmp_path).values())
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_watching_a_trained_run(copied, capsys):
+    """Each step shows the cells, the task with the visits done, the code in force, | where the gate opened; each
+    episode its end and a count. The last code of the gate's number is in the animation, one picture a step."""
+    flags = "--phase watch --fps 0 --watch_episodes 2 --gif".split()
+    assert run_main(copied, *flags, str(copied / "a.gif")) == 0 and (copied / "a.gif").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    steps = [int(n) for n in re.findall(r"^step (\d+), task \[?0\]? ", shown, re.M)]
+    assert steps.count(0) == 2 and len(re.findall(r"^[.|] code [0-3], gate [01]\.\d\d$", shown, re.M)) == len(steps)
+    assert len(re.findall(r"^([0-3#@*.] ){4}[0-3#@*.]$", shown, re.M)) == 5 * len(steps)
+    assert f"{copied / 'run.pt'}" in shown and re.search(r"^2: (not )?solved, .*; solved [012] of 2$", shown, re.M)
+    assert len(re.findall(r"^\| code", shown, re.M)) >= 2 and shown.count("solved,") == 2
+
+
+@pytest.mark.parametrize("typed", [["1", "x", "7", "", "2"], []])
+def test_watching_by_hand(copied, capsys, typed, monkeypatch):
+    """A person's numbers choose the codes, what is no number is asked for again, and the end of the input leaves with
+    status 0. One code for good is what --code does."""
+    asked, answers = [], iter(typed)
+
+    def answer(prompt):
+        asked.append(prompt)
+        try:
+            return next(answers)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    assert run_main(copied, *"--phase watch --fps 0 --by_hand --threshold 0".split()) == 2  # another threshold
+    assert run_main(copied, *"--phase watch --fps 0 --by_hand --watch_episodes 9".split()) == 0
+    shown = capsys.readouterr().out
+    assert len(asked) == len(typed) + 1 and shown.endswith("\nbye\n")
+    assert not typed or re.findall(r"^\| code (\d)", shown, re.M) == ["1", "2"]
+    assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 3 --code 3".split()) == 0
+    assert {*re.findall(r"^[.|] code (\d)", capsys.readouterr().out, re.M)} == {"3"}
+
+
+def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_path, capsys, monkeypatch):
+    """In a folder without a run discovery takes the base of the trained run that comes with the code, if it fits, else
+    says what does not; and that run is watched."""
+    shipped = (copied / "run.pt").rename(tmp_path / "grid-classroom.pt")
+    monkeypatch.setattr(ir, "SHIPPED", tmp_path)
+    assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 1".split()) == 0
+    assert str(shipped) in capsys.readouterr().out
+    new, other = tmp_path / "new", tmp_path / "other"
+    assert run_main(new, "--phase", "discover", "--no-figures", "--kl_weight", "0.3") == 0
+    assert [*torch.load(new / "run.pt")] == ["pretrain", "discover"] and results(new)["code_accuracy"] > 0
+    assert run_main(other, "--phase", "discover", "--dim", "16") == 2
+    assert "classroom.pt: made with --dim" in capsys.readouterr().err and not other.exists()
 
 
 @pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--memory full", "--temperature 0.9", "--seed 1", "bad"])
 def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
-    """A folder made with another value that its checkpoints depend on, or a checkpoint that cannot be read: status 2,
-    one line that names it, nothing overwritten."""
+    """A folder made with another value that its models depend on, or a file that cannot be read: status 2, one line
+    that names it, nothing overwritten."""
     if flags == "bad":
-        (copied / "steer.pt").write_bytes(b"nonsense")
+        (copied / "run.pt").write_bytes(b"nonsense")
     before, flags = contents(copied), flags.replace("bad", "").split()
-    assert run_main(copied, *flags) == 2 and (flags or ["steer.pt"])[0] in one_line(capsys)
+    assert run_main(copied, *flags) == 2 and (flags or ["run.pt"])[0] in one_line(capsys)
     assert contents(copied) == before
 
 
@@ -1233,7 +1286,9 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     "--seed 99999999999999999999", "--threads -1", "--threads 2000", "--threads x", "--device tpu", "--device cuda",
     "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--obs_loss -1", "--kl_weight nan",
     "--obs_loss inf", "--init_scale 0", "--eval_episodes 2", "--eval_episodes 9999999999999", "--phase rl",
-    "--out file/below", pytest.param("--out " + "x" * 300, id="--out too long"),
+    "--fps 3", "--code 1", "--gif x.gif", "--by_hand", "--watch_episodes 2", "--code 4 --phase watch",
+    "--code -1 --phase watch", "--fps nan --phase watch", "--watch_episodes 0 --phase watch", "--out file/below",
+    pytest.param("--out " + "x" * 300, id="--out too long"),
 ])  # fmt: skip
 def test_impossible_values_are_refused(tmp_path, capsys, monkeypatch, flags):
     """Unknown flag, impossible value, a device or an earlier phase that is not there, an --out where no folder can be:
@@ -1248,15 +1303,16 @@ def test_impossible_values_are_refused(tmp_path, capsys, monkeypatch, flags):
 
 @pytest.mark.parametrize("stage", ["pretrain", "discover", "steer"])
 def test_a_run_that_diverges_fails_clearly(copied, capsys, stage, monkeypatch):
-    """Numbers that become infinite, or a metric that is none: status 1, one line, no checkpoint of that phase."""
+    """Numbers that become infinite, or a metric that is none: status 1, one line, that phase is not saved."""
     flags = [f"--{stage}_lr", "1e6"]
-    for later in [*ir.STAGES][[*ir.STAGES].index(stage) :]:
-        (copied / f"{later}.pt").unlink()
+    saved = torch.load(copied / "run.pt")
+    before = {name: saved[name] for name in [*ir.STAGES][: [*ir.STAGES].index(stage)]}
+    torch.save(before, copied / "run.pt")
     if stage == "steer":
         flags, bad = [], ir.STAGES["steer"]._replace(measure=lambda *arguments: {"steer_success": math.nan})
         monkeypatch.setitem(ir.STAGES, "steer", bad)
     assert run_main(copied, *flags) == 1
-    assert "finite" in one_line(capsys) and not (copied / f"{stage}.pt").exists()
+    assert "finite" in one_line(capsys) and [*torch.load(copied / "run.pt")] == [*before]
 
 
 @BOTH
