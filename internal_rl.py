@@ -144,18 +144,17 @@ PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
-            CLASSROOM, world="paper", memory="segment", pretrain_steps=10_000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1500, blind_steps=1800, discover_steps=5000,
-            discover_batch=32, discover_lr=3e-3, free_steps=600, kl_weight=0.05, rl_episodes=250_000, rl_batch=4096,
+            CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
+            pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, blind_steps=1800, discover_steps=5000, discover_batch=32,
+            discover_lr=3e-3, free_steps=600, kl_weight=0.05, rl_episodes=200_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
     "ant": {
         "classroom": replace(
-            CLASSROOM, world="ant", dim=128, jumps=0.2, obs_loss=10.0,
-            pretrain_steps=5000, pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3,
-            discover_lr=2e-3, free_steps=700, kl_weight=0.3, gate_price=1.5, rl_batch=1024, rl_episodes=61_440,
-            eval_episodes=512,
+            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.2, obs_loss=10.0, pretrain_steps=5000,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_lr=2e-3, free_steps=700,
+            kl_weight=0.3, gate_price=1.5, rl_episodes=40_960, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,

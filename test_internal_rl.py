@@ -1348,6 +1348,27 @@ def test_readme_mentions_only_what_exists():
     assert [name for name in re.findall(r"results/[\w./-]*\.\w+", text) if not (HERE / name).exists()] == []
 
 
+def sections() -> list[str]:
+    """The rows of the README's map: title, paper and lines of each section of internal_rl.py."""
+    lines, rows = (HERE / "internal_rl.py").read_text().splitlines(), []
+    bars = [i for i, line in enumerate(lines) if line.startswith("# ------")]
+    starts = [i for i in bars if not lines[i - 1].startswith("#")]  # of the bars above and below a title
+    for start, end in zip(starts, [*starts[1:], len(lines) + 2]):
+        title, _, paper = lines[start + 1].removeprefix("# ").partition(" (paper: ")
+        if not title.startswith("Here the method"):
+            rows.append(f"| {title} | {paper.removesuffix(')')} | {start + 1}-{end - 2} |")
+    return rows
+
+
+def test_map_of_the_readme():
+    """The README's map has each section of internal_rl.py with its lines; the line where the method is complete is
+    that of the code."""
+    text, code = (HERE / "README.md").read_text(), (HERE / "internal_rl.py").read_text()
+    assert "\n".join(sections()) in text
+    complete = code[: code.index("# Here the method is complete")].count("\n")
+    assert f"after line {complete - 1} the method is complete" in text
+
+
 def test_import_is_light():
     """Importing internal_rl imports neither matplotlib nor MuJoCo and prints nothing."""
     code = "import sys, internal_rl; assert not {'matplotlib', 'mujoco'} & {*sys.modules}"
