@@ -1451,6 +1451,7 @@ class Run:
         self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
         self.world = make_world(config, torch.get_num_threads())
         self.phase, self.started, self.shown = "", time.time(), 0.0
+        self.plan = {}  # stages to do, and their typical minutes
         self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
         self._held_out, self.curves = None, {}
 
@@ -1480,11 +1481,16 @@ class Run:
         if step < total and elapsed - self.shown < every:
             return
         self.shown = elapsed
-        left = elapsed / max(step, 1) * max(0, total - step)
         if not self.quiet:
+            left, stages, whole = elapsed / max(step, 1) * max(0, total - step), [*self.plan], ""
+            place = stages.index(self.phase) + 1 if self.phase in stages else 0
+            if place and self.plan[self.phase]:  # later stages take longer than typical by as much as this one does
+                later = sum(self.plan[name] for name in stages[place:]) / self.plan[self.phase]
+                whole = f", whole run {(left + later * (elapsed + left)) / 60:.1f} min"
             numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
-            print(f"{self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}, ETA {left:.0f} s", flush=True)
+            print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}; left: "
+                  f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
             with open(self.out / "metrics.csv", "a", newline="") as file:
                 rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
@@ -1591,7 +1597,16 @@ def load_saved(run: Run, phase: str) -> Path:
     if missing:
         file = run.out / "run.pt"
         raise Failure(f"--phase {phase}: {file} is not there or lacks --phase {missing[0]}; run that first")
+    typical = typical_minutes(run.name)
+    run.plan = {name: typical.get(name, 0.0) for name in wanted if name not in run.saved}
     return path
+
+
+def typical_minutes(name: str) -> dict[str, float]:
+    """Minutes of each stage in the runs whose results come with the code, to tell how long this one may take."""
+    path = SHIPPED / f"{name}.json"
+    seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.exists() else []
+    return {stage: float(np.mean([seed[f"minutes_{stage}"] for seed in seeds])) for stage in STAGES if seeds}
 
 
 def load_model(run: Run, name: str) -> nn.Module:

@@ -1174,6 +1174,12 @@ def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
     assert after["pretrain"]["metrics"] == before["pretrain"]["metrics"] and (tmp_path / "picture.png").exists()
     printed, models = capsys.readouterr().out, {}
     assert all(f"\n{start}" in printed for start in ("true subgoal", "gate opens", "internal_rl_success: "))
+    # The second call had three stages left to do. Each line has the time left for its phase and for the whole run.
+    lines = re.findall(r"^(\d)/(\d) (\w+) .*/s; left: phase (\d+) s, whole run (\d+\.\d) min$", printed, re.M)
+    assert [(place, stage) for place, count, stage, *_ in lines if count == "3"][-3:] == [
+        ("1", "discover"), ("2", "rl"), ("3", "raw")
+    ]  # fmt: skip
+    assert all(float(whole) * 60 + 3.1 >= int(phase) for *_, phase, whole in lines) and float(lines[-1][-1]) == 0
     run = ir.Run(ir.Config(**after["raw"]["config"]), 0, CPU, tmp_path, quiet=True)
     ir.load_saved(run, "all")
     for stage in ir.STAGES:
