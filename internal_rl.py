@@ -1492,7 +1492,7 @@ class Run:
             print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}; left: "
                   f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
-            with open(self.out / "metrics.csv", "a", newline="") as file:
+            with open(self.out / "metrics.csv", "a", newline="", encoding="utf-8") as file:
                 rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
                 csv.writer(file).writerows(rows)
 

@@ -43,7 +43,7 @@ def fixed_seed():
 
 
 # Small helpers: fresh generators; the inverse of symlog; expert episodes; the goals of an episode, each once as long
-# as it lasts; a module's parameters, which of them are not as before, which have no gradient; a folder's files.
+# as it lasts; a module's parameters, which of them are not as before, which have no gradient; a folder's files; a text
 generators = lambda: (np.random.default_rng(0), torch.Generator().manual_seed(0))
 unsymlog = lambda x: np.sign(x) * np.expm1(np.abs(x))
 expert = lambda count, world=SMALL, **changes: replace(world, **changes).episodes(count, np.random.default_rng(0))
@@ -52,6 +52,7 @@ copy_of = lambda module: {name: value.clone() for name, value in module.state_di
 changed = lambda module, before: {n for n, value in module.state_dict().items() if not torch.equal(before[n], value)}
 without_gradient = lambda module: {n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()}
 contents = lambda folder: {path.name: path.read_bytes() for path in folder.iterdir()}
+source = lambda name: (HERE / name).read_text(encoding="utf-8")
 
 
 # ---- Rules, physics and environments ---------------------------------------------------------------
@@ -1348,7 +1349,7 @@ def test_help_explains_every_field_and_presets_are_possible():
 
 def test_readme_mentions_only_what_exists():
     """Every --flag of the README (but pip's) is in --help, and every file under results/ that it names exists."""
-    text = "\n".join(line for line in (HERE / "README.md").read_text().splitlines() if "pip install" not in line)
+    text = "\n".join(line for line in source("README.md").splitlines() if "pip install" not in line)
     flags = lambda text: set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags(text) - flags(ir.make_parser().format_help()) == set()
     assert [name for name in re.findall(r"results/[\w./-]*\.\w+", text) if not (HERE / name).exists()] == []
@@ -1356,7 +1357,7 @@ def test_readme_mentions_only_what_exists():
 
 def sections() -> list[str]:
     """The rows of the README's map: title, paper and lines of each section of internal_rl.py."""
-    lines, rows = (HERE / "internal_rl.py").read_text().splitlines(), []
+    lines, rows = source("internal_rl.py").splitlines(), []
     bars = [i for i, line in enumerate(lines) if line.startswith("# ------")]
     starts = [i for i in bars if not lines[i - 1].startswith("#")]  # of the bars above and below a title
     for start, end in zip(starts, [*starts[1:], len(lines) + 2]):
@@ -1369,7 +1370,7 @@ def sections() -> list[str]:
 def test_map_of_the_readme():
     """The README's map has each section of internal_rl.py with its lines; the line where the method is complete is
     that of the code."""
-    text, code = (HERE / "README.md").read_text(), (HERE / "internal_rl.py").read_text()
+    text, code = source("README.md"), source("internal_rl.py")
     assert "\n".join(sections()) in text
     complete = code[: code.index("# Here the method is complete")].count("\n")
     assert f"after line {complete - 1} the method is complete" in text
