@@ -1606,7 +1606,7 @@ def typical_minutes(name: str) -> dict[str, float]:
     """Minutes of each stage in the runs whose results come with the code, to tell how long this one may take."""
     path = SHIPPED / f"{name}.json"
     seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.exists() else []
-    return {stage: float(np.mean([seed[f"minutes_{stage}"] for seed in seeds])) for stage in STAGES if seeds}
+    return {stage: float(np.mean([seed.get(f"minutes_{stage}", 0) for seed in seeds])) for stage in STAGES if seeds}
 
 
 def load_model(run: Run, name: str) -> nn.Module:
