@@ -903,8 +903,8 @@ class AntWorld(World):
         """Trots to the centre of the next cell -> torques (B, 8), to learn, and what to do: the same with noise."""
         way = ant_direction(batch, route, alive)
         torques = trot(batch.state, way)
-        noisy = torques + self.noise * rng.standard_normal(torques.shape)
-        return torques.astype(np.float32), way if self.spliced else noisy
+        action = way if self.spliced else torques + self.noise * rng.standard_normal(torques.shape)
+        return torques.astype(np.float32), action
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         if self.decisions:

@@ -1583,12 +1583,13 @@ def load_saved(run: Run, phase: str) -> Path:
     needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
     needed = {*TRAINED} if phase == "watch" else needed
     path, own = run.out / "run.pt", os.path.exists(run.out / "run.pt")  # False for a name that cannot be one, too
-    if not own and phase not in ("all", "pretrain"):
+    if needed and not own:
         path = SHIPPED / f"{run.name}.pt"
     try:
         run.saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
         run.saved = {name: run.saved[name] for name in STAGES if name in run.saved and (own or name in needed)}
-        assert all({*content} == {"config", "seed", "model", "metrics"} for content in run.saved.values())
+        if any({*content} != {"config", "seed", "model", "metrics"} for content in run.saved.values()):
+            raise KeyError
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
     for name, content in run.saved.items():
@@ -1670,10 +1671,12 @@ def between(kind, least, most):
 
     def parse(text: str):
         try:
-            assert least <= kind(text) <= most
-        except (ValueError, AssertionError):
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least:,} to {most:,}") from None
-        return kind(text)
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # lies between no bounds
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {least:,} to {most:,}")
+        return value
 
     return parse
 

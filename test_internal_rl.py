@@ -592,7 +592,7 @@ def test_block_parallel_equals_step_form(kind):
         keep[:, 4] = value
         after, other = (module(seen, keep, ())[0][:, 4:] for seen in (x, past))
         gaps = [(after - same).abs().max() for same in (fresh, other)]
-        assert max(gaps) < 0.2 if value == 0 else min(gaps) > 2
+        assert max(gaps) < 0.05 if value == 0 else min(gaps) > 0.2
     alone = [module(part, keep[:, :1], ())[0] for part in x.split(1, dim=1)]
     assert torch.allclose(module(x, None, ())[0], torch.cat(alone, dim=1), atol=1e-9)
 
@@ -1199,7 +1199,7 @@ def test_ant_runs(tmp_path):
 
 def test_watching_a_trained_run(copied, capsys):
     """Each step shows the cells, the task with the visits done, the code in force, | where the gate opened; each
-    episode its end and a count. The last code of the gate's number is in the animation, one picture a step."""
+    episode its end and a count. --gif writes an animation of it."""
     flags = "--phase watch --fps 0 --watch_episodes 2 --gif".split()
     assert run_main(copied, *flags, str(copied / "a.gif")) == 0 and (copied / "a.gif").stat().st_size > 1000
     shown = capsys.readouterr().out
