@@ -758,6 +758,12 @@ def make_meta(run):
     return meta
 
 
+def built(value, expected: str):
+    """What a function gave that may have been emptied, to be written again (README, "Build it yourself")."""
+    assert value is not None, f"the function gave nothing back, expected: {expected}"
+    return value
+
+
 def test_controller_is_e_plus_U_e():
     """Control is e + U e with U = out^T inn, both factors weighted sums over the controllers, one-hot for labels; it
     never makes a D x D matrix to get there. New controllers leave the base's output exactly as it is."""
@@ -766,6 +772,7 @@ def test_controller_is_e_plus_U_e():
     residual, keep = base.lower(obs)[0].detach(), torch.rand(4, 9)
     code, subgoal, sizes = torch.randn(4, 9, 4), torch.randint(4, (4, 9)), []
     for controlled in (meta.control(residual, code), labels.control(residual, subgoal)):
+        built(controlled, "residual + U residual, (B, T, D)")
         assert torch.equal(base.upper(controlled, keep)[0], base.upper(residual, keep)[0])
     wake(meta), wake(labels)
     h = torch.cat([meta.decoder(code), torch.ones(4, 9, 1)], dim=-1)
@@ -789,9 +796,10 @@ def test_temporal_integration_algebra(gates, threshold, opened, codes):
     """z_t = beta_t z~_t + (1 - beta_t) z_t-1: gates [1,0,0,1] on proposals [10,20,30,40] give [10,10,10,40]; gates of
     1 give the proposals; the first step always adopts; with a threshold a code is adopted above it, else kept. The
     base forgets what came before a switch (segment), everything always (none) or nothing (full)."""
-    meta, script = make_meta(make_run(code_dim=1)), iter(gates)
-    meta.gate = lambda residual, history, code: torch.full((1,), float(next(script)))
-    code, gate = meta.integrate(torch.randn(1, 4, 16), torch.tensor([[[10.0], [20], [30], [40]]]), threshold)
+    meta, steps = make_meta(make_run(code_dim=1)), torch.arange(4.0)[None, :, None].expand(1, 4, 16)
+    meta.gate = lambda residual, history, code: torch.tensor([[math.nan, *gates][int(residual[0, 0])]])
+    found = meta.integrate(steps, torch.tensor([[[10.0], [20], [30], [40]]]), threshold)
+    code, gate = built(found, "codes (B, T, Z) and gates (B, T)")
     assert (gate.flatten().tolist(), code.flatten().tolist()) == (opened, codes)
     assert ir.memory_after(gate, "segment").flatten().tolist() == [1 - beta for beta in opened]
     assert ir.memory_after(gate, "none") is None and ir.memory_after(gate, "full").unique().item() == 1
@@ -837,6 +845,15 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, bl
     assert changed(base, before[0]) == set() and changed(meta, before[1]) == {*before[1]}
 
 
+def test_code_kl_is_that_of_gaussians():
+    """The KL of N(mean, std) to N(0, I) is PyTorch's, summed over a code's numbers; that of N(0, I) itself is nothing."""
+    mean, log_std = torch.randn(2, 5, 7, 8)
+    found = built(ir.code_kl(mean, log_std), "nats, one number for each code")
+    expected = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum(-1)
+    assert torch.allclose(found, expected, atol=1e-4), f"expected {expected[0, :3]}, found {found[0, :3]}"
+    assert not ir.code_kl(torch.zeros(3, 8), torch.zeros(3, 8)).any(), "N(0, I) itself must cost nothing"
+
+
 @BOTH
 @pytest.mark.parametrize("blind", [True, False])
 def test_discovery_loss_by_hand(name, blind):
@@ -849,7 +866,8 @@ def test_discovery_loss_by_hand(name, blind):
     upper, integrate, keeps, found = base.upper, meta.integrate, [], []
     base.upper = lambda x, keep, state=None: keeps.append(keep) or upper(x, keep, state)
     meta.integrate = lambda *a, **k: found.append(integrate(*a, **k)) or found[-1]
-    loss, stats = ir.discovery_loss(run, base, meta, episodes, *generators(), 0.3, blind)
+    result = ir.discovery_loss(run, base, meta, episodes, *generators(), 0.3, blind)
+    loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask = found[0], torch.from_numpy(episodes.mask)
     assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
@@ -971,6 +989,7 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(name, most, monk
     codes = ir.PolicyCodes(policy, generators()[1])
     pilot = ir.CodePilot(meta, codes)
     steer, held = pilot.steer, torch.zeros(50, 4)
+    built(codes.begin(50, run) or codes(torch.randn(2, 16), torch.tensor([3, 7])), "the codes (B, Z) of the rows")
 
     def spy(residual, batch):
         controlled, opened = steer(residual, batch)
@@ -1067,7 +1086,8 @@ def test_objective_by_hand():
             ratio = math.exp(log_prob[n, k] - old[n, k])
             gains.append(min(ratio * advantage[n].item(), min(max(ratio, 0.8), 1.2) * advantage[n].item()))
     mask = (torch.arange(4) < torch.tensor(made)[:, None]).float()
-    assert ir.policy_loss(log_prob, old, advantage, mask).item() == pytest.approx(-np.mean(gains), rel=1e-4)
+    found = built(ir.policy_loss(log_prob, old, advantage, mask), "a scalar to minimise")
+    assert found.item() == pytest.approx(-np.mean(gains), rel=1e-4)
 
 
 def test_thinned_batch_has_the_same_gradient(monkeypatch):
