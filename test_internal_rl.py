@@ -846,7 +846,7 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, bl
 
 
 def test_code_kl_is_that_of_gaussians():
-    """The KL of N(mean, std) to N(0, I) is PyTorch's, summed over a code's numbers; that of N(0, I) itself is nothing."""
+    """The KL of N(mean, std) to N(0, I) is that of PyTorch, summed over a code's numbers; N(0, I) costs nothing."""
     mean, log_std = torch.randn(2, 5, 7, 8)
     found = built(ir.code_kl(mean, log_std), "nats, one number for each code")
     expected = kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum(-1)
