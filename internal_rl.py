@@ -1638,7 +1638,7 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     return plain
 
 
-def run_seed(run: Run, phase: str, figures: bool) -> dict:
+def run_seed(run: Run, phase: str) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
     models, metrics = {}, {"seed": run.seed}
     for name, stage in STAGES.items():
@@ -1648,8 +1648,6 @@ def run_seed(run: Run, phase: str, figures: bool) -> dict:
     metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
-    if figures and {*TRAINED} <= {*models}:
-        draw_picture(run, models, [metrics], run.out / "picture.png")
     return metrics
 
 
@@ -1827,13 +1825,16 @@ def run_command(args, argv) -> int:
         return watch(runs[0], args)
     for run in runs:
         load_saved(run, args.phase)  # a mismatch must stop us before anything is written
-    entries = []
+    results = []
     for run in runs:
         prepare_folder(run)
-        metrics = run_seed(run, args.phase, not args.no_figures)
-        print_summary(metrics)
-        entries.append({key: value for key, value in metrics.items() if not isinstance(value, list)})
+        results.append(run_seed(run, args.phase))
+        print_summary(results[-1])
+    if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
+        models = {stage: load_model(runs[0], stage) for stage in TRAINED}
+        draw_picture(runs[0], models, results, (folder if len(runs) > 1 else runs[0].out) / "picture.png")
     if not alone:
+        entries = [{key: value for key, value in one.items() if not isinstance(value, list)} for one in results]
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
         write_json(folder / f"{name}.json", {**summary, "seeds": entries})

@@ -1166,9 +1166,9 @@ def copied(finished, tmp_path):
     return shutil.copytree(finished / "seed-0", tmp_path / "copy")
 
 
-def test_runs_leave_what_they_promise(finished):
+def test_runs_leave_what_they_promise(finished, monkeypatch):
     """Each folder has config, metrics and models that the safe default of torch.load reads; several seeds, whose
-    metrics differ, are collected in one file."""
+    metrics differ, are collected in one file and drawn in one picture."""
     first, second = (finished / f"seed-{seed}" for seed in (0, 1))
     assert set(contents(first)) == {"config.json", "metrics.csv", "results.json", "run.pt"}
     assert set(json.loads((first / "config.json").read_text())) == {"seed", *ir.Config.__dataclass_fields__}
@@ -1179,6 +1179,9 @@ def test_runs_leave_what_they_promise(finished):
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
         assert all(entry[key] == value for key, value in metrics.items() if not isinstance(value, list))
     assert results(first)["base_excess_nats"] != results(second)["base_excess_nats"]
+    drawn = []
+    monkeypatch.setattr(ir, "draw_curves", lambda axis, seeds: drawn.extend(metrics["seed"] for metrics in seeds))
+    assert run_main(finished, "--seed", "0,1") == 0 and drawn == [0, 1] and (finished / "picture.png").exists()
 
 
 def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
