@@ -831,7 +831,7 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 class SplicedBatch(AntBatch):
     """Ants to learn from, without simulation: a step is one decision, a stride or part of a stride after the last.
 
-    Between two decisions the ant moves on its way, often only a little; how its body moves then is one of
+    Between two decisions the ant moves on its way, a little or most of a cell; how its body moves then is one of
     `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is drawn at
     random, so it carries no hint about the goal. Without this the model copies its current velocity and ignores the
     goal (imitation learning's copycat problem).
@@ -844,7 +844,7 @@ class SplicedBatch(AntBatch):
     def step(self, way: np.ndarray):
         """Where each ant walks, (B,) in radians -> visited colour or -1 (B,), reward (B,), done (B,)."""
         B, rng, half = len(self), self.rng, self.world.half
-        length = 1.5 * STRIDE_LENGTH * rng.random(B) ** 2
+        length = 1.5 * STRIDE_LENGTH * rng.random(B)
         xy = self.state[:, XY] + length[:, None] * np.stack([np.cos(way), np.sin(way)], axis=1)
         xy = (xy + 0.04 * rng.standard_normal(xy.shape)).clip(0.01 - half, half - 0.01)
         cell = self.world.cell_of(xy)

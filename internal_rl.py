@@ -90,13 +90,13 @@ class Config:
     dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: Count = 4  # attention heads (paper)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
-    gated_mlp: bool = True  # departure: SwiGLU instead of ReLU
+    gated: bool = True  # departure: gates in each block, after attention and in the MLP (SwiGLU) instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: Steps = 1  # the controller acts after this many blocks (paper: layers / 2)
     memory: str = "none"  # departure: what the steered base remembers, none or since the last switch (paper: full)
     # phase 1: pretrain
-    pretrain_steps: Steps = 3000  # (paper: 256,000)
+    pretrain_steps: Steps = 2500  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
@@ -134,7 +134,7 @@ class Config:
 
 CLASSROOM = Config()
 PAPER = replace(
-    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated_mlp=False, relative_obs=False, init_scale=0.1,
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
     obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
@@ -152,7 +152,7 @@ PRESETS = {
     },
     "ant": {
         "classroom": replace(
-            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.2, obs_loss=10.0, pretrain_steps=5000,
+            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_lr=2e-3, free_steps=700,
             kl_weight=0.3, gate_price=1.5, rl_episodes=40_960, eval_episodes=512,
         ),
@@ -194,6 +194,7 @@ class AttentionMixer(nn.Module):
         self.heads = c.heads
         self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(c.heads, self.BUCKETS))
+        self.gate = nn.Linear(c.dim, c.dim, bias=False) if c.gated else None
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
     def bucket(self, distance):
@@ -206,7 +207,7 @@ class AttentionMixer(nn.Module):
     def forward(self, x, keep, state):
         B, T, D = x.shape
         if keep is None:  # a step that is alone attends to itself
-            return self.out(F.linear(x, self.qkv.weight[2 * D :])), ()
+            return self._out(x, F.linear(x, self.qkv.weight[2 * D :])), ()
         q, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score. A keep of
         # 0 counts as 1e-4, so that it still has a gradient.
@@ -220,7 +221,11 @@ class AttentionMixer(nn.Module):
         bias = self.bias[:, self.bucket(distance.clamp_min(0))] + reached[:, None]
         bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
+        return self._out(x, y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
+
+    def _out(self, x, y):
+        # A step that is alone attends to itself: without the gate this would be no more than a linear map of it.
+        return self.out(F.silu(self.gate(x)) * y if self.gate else y)
 
 
 class MLP(nn.Module):
@@ -229,7 +234,7 @@ class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.up = nn.Linear(c.dim, c.mlp, bias=False)
-        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.gated_mlp else None
+        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.gated else None
         self.down = nn.Linear(c.mlp, c.dim, bias=False)
 
     def forward(self, x):

@@ -578,7 +578,7 @@ def test_block_parallel_equals_step_form(kind):
     """A block run on 9 steps at once equals the block fed 1, 1, 3, 1, 2, 1 steps with its state carried along. A step
     with keep = 0 is a fresh start: what came before changes nothing; one with keep = 1 remembers. Without keep each
     step is an episode of its own."""
-    module = wake(ir.Block(make_run().config)).double()
+    module = wake(ir.Block(make_run().config), 0.1).double()
     x, keep, state = torch.randn(3, 9, 16).double(), torch.rand(3, 9).double(), ()
     keep = keep.round() if kind == "0 or 1" else keep
     expected, outputs = module(x, keep, state)[0], []
@@ -592,7 +592,7 @@ def test_block_parallel_equals_step_form(kind):
         keep[:, 4] = value
         after, other = (module(seen, keep, ())[0][:, 4:] for seen in (x, past))
         gaps = [(after - same).abs().max() for same in (fresh, other)]
-        assert max(gaps) < 0.05 if value == 0 else min(gaps) > 0.2
+        assert max(gaps) < 0.01 if value == 0 else min(gaps) > 0.1
     alone = [module(part, keep[:, :1], ())[0] for part in x.split(1, dim=1)]
     assert torch.allclose(module(x, None, ())[0], torch.cat(alone, dim=1), atol=1e-9)
 
@@ -824,7 +824,7 @@ def test_encoder_by_hand():
 
 @pytest.mark.parametrize("blind", [True, False])
 @pytest.mark.parametrize("changes", [
-    {}, {"memory": "full", "mirror": False, "gated_mlp": False, "relative_obs": False},
+    {}, {"memory": "full", "mirror": False, "gated": False, "relative_obs": False},
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, blind):
@@ -920,7 +920,7 @@ def test_paper_preset_has_the_papers_sizes():
         "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024,
         "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": "full",
     }  # fmt: skip
-    sizes |= dict.fromkeys(("gated_mlp", "relative_obs", "fast_optimiser", "mirror"), False)
+    sizes |= dict.fromkeys(("gated", "relative_obs", "fast_optimiser", "mirror"), False)
     assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == c.blind_steps == 0
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
