@@ -1399,6 +1399,17 @@ def test_map_of_the_readme():
     assert f"after line {complete - 1} the method is complete" in text
 
 
+def test_the_readmes_own_world_learns(tmp_path, monkeypatch):
+    """The world that the README builds runs through all phases in a smoke run and leaves its results."""
+    code = re.search(r"```python\n(import sys.*?)```", source("README.md"), re.S).group(1)
+    for table in (envs.WORLDS, ir.EMBEDDINGS, ir.HEADS, ir.PRESETS):
+        monkeypatch.setitem(table, "ice", None)  # gone again once this test is over
+    monkeypatch.setattr(sys, "argv", f"ice.py --fast --no-figures --threads 1 --out {tmp_path}".split())
+    with pytest.raises(SystemExit) as end:
+        exec(code, {"__name__": "ice"})
+    assert end.value.code == 0 and results(tmp_path)["expert_success"] > 0.3
+
+
 def test_import_is_light():
     """Importing internal_rl imports neither matplotlib nor MuJoCo and prints nothing."""
     code = "import sys, internal_rl; assert not {'matplotlib', 'mujoco'} & {*sys.modules}"
