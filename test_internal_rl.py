@@ -1371,11 +1371,17 @@ def test_help_explains_every_field_and_presets_are_possible():
 
 
 def test_readme_mentions_only_what_exists():
-    """Every --flag of the README (but pip's) is in --help, and every file under results/ that it names exists."""
+    """Every --flag of the README (but pip's) is in --help, every file under results/ that it names exists, each test
+    that it names for an exercise is one here, and each function one of internal_rl.py."""
     text = "\n".join(line for line in source("README.md").splitlines() if "pip install" not in line)
     flags = lambda text: set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags(text) - flags(ir.make_parser().format_help()) == set()
     assert [name for name in re.findall(r"results/[\w./-]*\.\w+", text) if not (HERE / name).exists()] == []
+    exercises = re.findall(r"^\| `([\w.]+)` .* -k (\w+)` \|$", text, re.M)
+    assert len(exercises) == 6
+    for function, name in exercises:
+        assert re.search(rf"def test_\w*{name}", source("test_internal_rl.py"))
+        assert callable(functools.reduce(getattr, function.split("."), ir))
 
 
 def sections() -> list[str]:
