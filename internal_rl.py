@@ -1622,6 +1622,11 @@ def load_model(run: Run, name: str) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def numbers(metrics: dict) -> dict:
+    """The metrics that are one number each: without curves and codes."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, list)}
+
+
 def run_stage(run: Run, name: str, models: dict) -> dict:
     """Load the stage if it is finished, else do it and save it. Adds its model to `models`, returns its metrics."""
     if name in run.saved:
@@ -1632,7 +1637,7 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     models[name] = stage.run(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
-    check_finite(name, **{key: value for key, value in metrics.items() if not isinstance(value, list)})
+    check_finite(name, **numbers(metrics))
     if name in run.curves:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
@@ -1781,9 +1786,8 @@ def peak_memory_gb() -> float:
 
 def print_summary(metrics: dict) -> None:
     print("--- results")
-    for name, value in metrics.items():
-        if not isinstance(value, list):
-            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    for name, value in numbers(metrics).items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     print(f"peak_memory_gb: {peak_memory_gb():.2f}")
 
 
@@ -1839,10 +1843,9 @@ def run_command(args, argv) -> int:
         models = {stage: load_model(runs[0], stage) for stage in TRAINED}
         draw_picture(runs[0], models, results, (folder if len(runs) > 1 else runs[0].out) / "picture.png")
     if not alone:
-        entries = [{key: value for key, value in one.items() if not isinstance(value, list)} for one in results]
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
-        write_json(folder / f"{name}.json", {**summary, "seeds": entries})
+        write_json(folder / f"{name}.json", {**summary, "seeds": [numbers(metrics) for metrics in results]})
     return 0
 
 

@@ -592,7 +592,7 @@ def test_block_parallel_equals_step_form(kind):
         keep[:, 4] = value
         after, other = (module(seen, keep, ())[0][:, 4:] for seen in (x, past))
         gaps = [(after - same).abs().max() for same in (fresh, other)]
-        assert max(gaps) < 0.01 if value == 0 else min(gaps) > 0.1
+        assert max(gaps) < 0.01 if value == 0 else min(gaps) > 0.2
     alone = [module(part, keep[:, :1], ())[0] for part in x.split(1, dim=1)]
     assert torch.allclose(module(x, None, ())[0], torch.cat(alone, dim=1), atol=1e-9)
 
@@ -989,7 +989,8 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(name, most, monk
     codes = ir.PolicyCodes(policy, generators()[1])
     pilot = ir.CodePilot(meta, codes)
     steer, held = pilot.steer, torch.zeros(50, 4)
-    built(codes.begin(50, run) or codes(torch.randn(2, 16), torch.tensor([3, 7])), "the codes (B, Z) of the rows")
+    codes.begin(50, run)
+    built(codes(torch.randn(2, 16), torch.tensor([3, 7])), "the codes (B, Z) of the rows")
 
     def spy(residual, batch):
         controlled, opened = steer(residual, batch)
@@ -1378,10 +1379,10 @@ def test_readme_mentions_only_what_exists():
     flags = lambda text: set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags(text) - flags(ir.make_parser().format_help()) == set()
     assert [name for name in re.findall(r"results/[\w./-]*\.\w+", text) if not (HERE / name).exists()] == []
-    exercises = re.findall(r"^\| `([\w.]+)` .* -k (\w+)` \|$", text, re.M)
+    exercises, tests = re.findall(r"^\| `([\w.]+)` .* -k (\w+)` \|$", text, re.M), source("test_internal_rl.py")
     assert len(exercises) == 6
     for function, name in exercises:
-        assert re.search(rf"def test_\w*{name}", source("test_internal_rl.py"))
+        assert re.search(rf"def test_\w*{name}", tests)
         assert callable(functools.reduce(getattr, function.split("."), ir))
 
 
@@ -1406,7 +1407,7 @@ def test_map_of_the_readme():
     assert f"after line {complete - 1} the method is complete" in text
 
 
-def test_the_readmes_own_world_learns(tmp_path, monkeypatch):
+def test_the_readmes_own_world_runs(tmp_path, monkeypatch):
     """The world that the README builds runs through all phases in a smoke run and leaves its results."""
     code = re.search(r"```python\n(import sys.*?)```", source("README.md"), re.S).group(1)
     for table in (envs.WORLDS, ir.EMBEDDINGS, ir.HEADS, ir.PRESETS):
