@@ -6,9 +6,9 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
     world.mirrored(obs, rng)        what the encoder reads instead of the trajectory itself
-    world.entries(obs)              at which steps it reads
+    world.entries(obs)              at which steps it reads, and the gate may open
     world.expert_success(count)     of the post-training task
-    world.batch(count, rng)         episodes of the post-training task to act in: observe, step, subgoal, select
+    world.batch(count, rng)         episodes of the post-training task: observe, step, entered, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
     world.floor(episodes)           loss of the best possible predictor of the expert
     world.places(obs)               where everything is, to draw it
@@ -238,6 +238,7 @@ class Batch:
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
         self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
         self.time = np.zeros(B, dtype=np.int64)
+        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry, see `World.entries`
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -705,6 +706,10 @@ class AntBatch(Batch):
         fallen = (self.state[:, HEIGHT] < LOWEST) | (self.state[:, HEIGHT] > HIGHEST)
         wall = (cell != self.cell) & (self.content[self.rows, cell] >= self.world.colours)
         return self.arrive(cell, ~sane | fallen | wall)
+
+    def arrive(self, cell: np.ndarray, failed=False):
+        self.entered = cell != self.cell
+        return super().arrive(cell, failed)
 
     def upright(self) -> np.ndarray:
         """Whether the torso's own z axis points up, (B,). For evaluation only."""

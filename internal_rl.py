@@ -90,13 +90,13 @@ class Config:
     dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: Count = 4  # attention heads (paper)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
-    gated: bool = True  # departure: gates in each block, after attention and in the MLP (SwiGLU) instead of ReLU
+    swiglu: bool = True  # departure: gated MLPs instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: Steps = 1  # the controller acts after this many blocks (paper: layers / 2)
     memory: str = "none"  # departure: what the steered base remembers, none or since the last switch (paper: full)
     # phase 1: pretrain
-    pretrain_steps: Steps = 2500  # (paper: 256,000)
+    pretrain_steps: Steps = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
@@ -118,7 +118,7 @@ class Config:
     discover_steps: Steps = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
     free_steps: Steps = 250  # departure: KL and openings cost nothing for so long, and ever more for as long again
-    kl_weight: Weight = 0.1  # alpha (paper: searched in 0 .. 1)
+    kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
@@ -134,7 +134,7 @@ class Config:
 
 CLASSROOM = Config()
 PAPER = replace(
-    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, gated=False, relative_obs=False, init_scale=0.1,
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
     obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
@@ -146,7 +146,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, blind_steps=1800, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free_steps=600, kl_weight=0.05, rl_episodes=200_000, rl_batch=4096,
+            discover_lr=3e-3, free_steps=600, rl_episodes=200_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
@@ -194,7 +194,6 @@ class AttentionMixer(nn.Module):
         self.heads = c.heads
         self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
         self.bias = nn.Parameter(torch.zeros(c.heads, self.BUCKETS))
-        self.gate = nn.Linear(c.dim, c.dim, bias=False) if c.gated else None
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
     def bucket(self, distance):
@@ -207,7 +206,7 @@ class AttentionMixer(nn.Module):
     def forward(self, x, keep, state):
         B, T, D = x.shape
         if keep is None:  # a step that is alone attends to itself
-            return self._out(x, F.linear(x, self.qkv.weight[2 * D :])), ()
+            return self.out(F.linear(x, self.qkv.weight[2 * D :])), ()
         q, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score. A keep of
         # 0 counts as 1e-4, so that it still has a gradient.
@@ -221,20 +220,16 @@ class AttentionMixer(nn.Module):
         bias = self.bias[:, self.bucket(distance.clamp_min(0))] + reached[:, None]
         bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        return self._out(x, y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
-
-    def _out(self, x, y):
-        # A step that is alone attends to itself: without the gate this would be no more than a linear map of it.
-        return self.out(F.silu(self.gate(x)) * y if self.gate else y)
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
 
 
 class MLP(nn.Module):
-    """ReLU MLP as in the paper, or SwiGLU (gated): the base must multiply "which goal" by "where it lies"."""
+    """ReLU MLP as in the paper, or SwiGLU: the base must multiply "which goal" by "where it lies"."""
 
     def __init__(self, c: Config):
         super().__init__()
         self.up = nn.Linear(c.dim, c.mlp, bias=False)
-        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.gated else None
+        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.swiglu else None
         self.down = nn.Linear(c.mlp, c.dim, bias=False)
 
     def forward(self, x):
@@ -505,17 +500,18 @@ class Metacontroller(nn.Module):
         """beta_t = f_switch(e_t, h_t-1, z_t-1) in [0, 1], causal: (..., D), (..., H), (..., Z) -> (...)."""
         return torch.sigmoid(self.switch(torch.cat([self.read(residual), history, code], dim=-1))).squeeze(-1)
 
-    def integrate(self, residual, proposal, threshold=None):
+    def integrate(self, residual, proposal, entry, threshold=None):
         """Temporal integration, Eq. 2. residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
 
-        threshold: a code is adopted or kept as a whole, adopted where the gate is above it, as in phase 3.
+        entry (B, T): the steps with a new proposal; the gate is 0 at others, as there is nothing to adopt. threshold:
+        a code is adopted or kept as a whole, adopted where the gate is above it, as in phase 3.
         """
         history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
         code = proposal[:, 0]
         codes, gates = [code], [gate]
         for t in range(1, proposal.shape[1]):
-            gate = self.gate(residual[:, t], history[:, t], code)
+            gate = self.gate(residual[:, t], history[:, t], code) * entry[:, t]
             adopt = gate if threshold is None else (gate > threshold).float()
             # beta_t = 1 adopts the new code
             code = adopt[:, None] * proposal[:, t] + (1 - adopt[:, None]) * code
@@ -750,7 +746,7 @@ class LabelPilot(Pilot):
 class CodePilot(Pilot):
     """The metacontroller without its encoder: `choose` gives a new code where the gate opens, else the code is held.
 
-    The gate is H(beta_t - threshold); at the first step it is open. (Alg. 1)
+    The gate is H(beta_t - threshold) at entries, and 0 at other steps; at the first step it is open. (Alg. 1)
     """
 
     def __init__(self, meta: Metacontroller, choose):
@@ -758,7 +754,7 @@ class CodePilot(Pilot):
 
     def begin(self, B: int, run: Run) -> None:
         c, device = run.config, run.device
-        self.threshold, self.memory = c.threshold, c.memory
+        self.run, self.threshold, self.memory = run, c.threshold, c.memory
         self.rows = torch.arange(B, device=device)  # of the living episodes
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
@@ -766,7 +762,8 @@ class CodePilot(Pilot):
         self.choose.begin(B, run)
 
     def steer(self, residual, batch):
-        opened = (self.meta.gate(residual, self.history[0], self.code) > self.threshold) | self.first
+        self.gate = self.meta.gate(residual, self.history[0], self.code) * self.run.tensor(batch.entered)
+        opened = (self.gate > self.threshold) | self.first
         self.first = False
         if opened.any():
             self.code[opened] = self.choose(residual[opened], self.rows[opened])
@@ -847,7 +844,7 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
     code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
 
     The encoder reads an episode cell by cell, so that the pace does not matter: it proposes at its entries, the steps
-    that lead into another cell, on the grid all. Those between take over the proposal of the last one.
+    that lead into another cell, on the grid all. There alone can the gate open.
     """
     view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
     entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
@@ -872,7 +869,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
     mean, log_std, entry = posterior(run, base, meta, episodes, rng)
     noise = torch.randn(mean.shape, generator=generator, device=run.device)
-    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise)
+    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, entry)
     keep = memory_after(gate, "none" if blind else run.config.memory)
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
@@ -1126,16 +1123,16 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     found = []
     for part in episodes.chunks():
         residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
-        mean, log_std, _ = posterior(run, base, meta, part, rng)
+        mean, log_std, entry = posterior(run, base, meta, part, rng)
         proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
-        found.append((*meta.integrate(residual, proposal, run.config.threshold), code_kl(mean, log_std)))
+        found.append((*meta.integrate(residual, proposal, entry, run.config.threshold), code_kl(mean, log_std)))
     return [torch.cat(column) for column in zip(*found)]
 
 
 def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     """Switches against true changes of subgoal, what the codes mean, and what random codes achieve.
 
-    The first step is no switch; a random switcher of the same rate is measured beside. The read-out of the true
+    The first step is no switch; a random switcher, at as many entries, is measured beside. The read-out of the true
     subgoal from the code at a switch is a small MLP's, on layouts it has not seen.
     """
     base, c, world = models["pretrain"], run.config, run.world
@@ -1144,7 +1141,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     subgoal, changed = subgoals(world, episodes)
     code, gate, kl = encode(run, base, meta, episodes, rng, generator)
     adopted = (gate > c.threshold).cpu().numpy() & episodes.mask
-    switched, later = adopted.copy(), episodes.mask.copy()
+    switched, later = adopted.copy(), world.entries(episodes.obs)[:, :-1] & episodes.mask
     switched[:, 0] = later[:, 0] = False
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
@@ -1381,18 +1378,14 @@ class Viewer(CodePilot):
         super().__init__(meta, choose)
         self.codes, self.fps, self.frames = codes, fps, []
 
-    def begin(self, B: int, run: Run) -> None:
-        super().begin(B, run)
-        self.world = run.world
-
     def steer(self, residual, batch):
-        gate, t = self.meta.gate(residual, self.history[0], self.code).item(), len(self.frames)
-        shown = self.first or gate > self.threshold or t % self.world.tolerance == 0
+        t, world = len(self.frames), self.run.world
+        shown = batch.entered[0] or t % world.tolerance == 0
         if shown:
-            task = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(self.world.post))
-            print(f"step {t}, task {task}\n{envs.grid_text(self.world, batch.content[0], int(batch.cell[0]))}", end="")
+            task = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(world.post))
+            print(f"step {t}, task {task}\n{envs.grid_text(world, batch.content[0], int(batch.cell[0]))}", end="")
         controlled, opened = super().steer(residual, batch)
-        number = int(torch.cdist(self.code, self.codes).argmin())
+        number, gate = int(torch.cdist(self.code, self.codes).argmin()), self.gate.item()
         self.frames.append((batch.observe()[0], number, gate, bool(opened)))
         if shown:
             print(f"{'|' if opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)

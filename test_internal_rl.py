@@ -791,14 +791,18 @@ def test_controller_is_e_plus_U_e():
     ([0.5, 0, 0.25], None, [1, 0.5, 0, 0.25], [10, 15, 15, 0.75 * 15 + 0.25 * 40]),
     ([0.25, 0.75, 0.5], 0.5, [1, 0.25, 0.75, 0.5], [10, 10, 30, 30]),
     ([0.5, 0.25, 0.5], 0.3, [1, 0.5, 0.25, 0.5], [10, 20, 20, 40]),
+    ([1, None, 0.5], None, [1, 1, 0, 0.5], [10, 20, 20, 30]),  # None: no entry
 ])  # fmt: skip
 def test_temporal_integration_algebra(gates, threshold, opened, codes):
     """z_t = beta_t z~_t + (1 - beta_t) z_t-1: gates [1,0,0,1] on proposals [10,20,30,40] give [10,10,10,40]; gates of
-    1 give the proposals; the first step always adopts; with a threshold a code is adopted above it, else kept. The
-    base forgets what came before a switch (segment), everything always (none) or nothing (full)."""
+    1 give the proposals; the first step always adopts; where there is no new proposal the gate is 0; with a threshold
+    a code is adopted above it, else kept. The base forgets what came before a switch (segment), everything always
+    (none) or nothing (full)."""
     meta, steps = make_meta(make_run(code_dim=1)), torch.arange(4.0)[None, :, None].expand(1, 4, 16)
-    meta.gate = lambda residual, history, code: torch.tensor([[math.nan, *gates][int(residual[0, 0])]])
-    found = meta.integrate(steps, torch.tensor([[[10.0], [20], [30], [40]]]), threshold)
+    entry = torch.tensor([[True, *(gate is not None for gate in gates)]])
+    says = [math.nan, *(0.9 if gate is None else gate for gate in gates)]
+    meta.gate = lambda residual, history, code: torch.tensor([says[int(residual[0, 0])]])
+    found = meta.integrate(steps, torch.tensor([[[10.0], [20], [30], [40]]]), entry, threshold)
     code, gate = built(found, "codes (B, T, Z) and gates (B, T)")
     assert (gate.flatten().tolist(), code.flatten().tolist()) == (opened, codes)
     assert ir.memory_after(gate, "segment").flatten().tolist() == [1 - beta for beta in opened]
@@ -818,13 +822,14 @@ def test_encoder_by_hand():
             history = meta.history(view[i, :t])[1][0] if t else torch.zeros(meta.history.hidden_size)
             assert torch.allclose(found[i, t], meta.encoder(torch.cat([view[i, t], history, summary])), atol=1e-5)
     later, proposal = torch.cat([view[:, :5], torch.randn(4, 6, 16)], dim=1), torch.randn(4, 11, 4)
-    for before, after in zip(meta.integrate(view, proposal), meta.integrate(later, proposal)):
+    entry = torch.ones(4, 11, dtype=torch.bool)
+    for before, after in zip(meta.integrate(view, proposal, entry), meta.integrate(later, proposal, entry)):
         assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
 
 @pytest.mark.parametrize("blind", [True, False])
 @pytest.mark.parametrize("changes", [
-    {}, {"memory": "full", "mirror": False, "gated": False, "relative_obs": False},
+    {}, {"memory": "full", "mirror": False, "swiglu": False, "relative_obs": False},
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, blind):
@@ -920,7 +925,7 @@ def test_paper_preset_has_the_papers_sizes():
         "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024,
         "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": "full",
     }  # fmt: skip
-    sizes |= dict.fromkeys(("gated", "relative_obs", "fast_optimiser", "mirror"), False)
+    sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "mirror"), False)
     assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == c.blind_steps == 0
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
@@ -951,7 +956,8 @@ def test_rollout_equals_the_whole_sequence(name, memory, temperature, threshold)
     rng, generator = generators()
     result = ir.rollout(run, base, pilot, run.world.batch(60, rng), generator, temperature, record=True)
     residual, mask = base.lower(result.obs)[0], torch.from_numpy(result.mask)
-    code, gate = meta.integrate(residual, residual[..., :4], threshold)
+    entry = torch.from_numpy(run.world.entries(result.obs.numpy()))
+    code, gate = meta.integrate(residual, residual[..., :4], entry, threshold)
     gate = (gate > threshold).float()
     controlled = meta.control(residual, code)
     output = base.head(base.upper(controlled, ir.memory_after(gate, memory))[0])
