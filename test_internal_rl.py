@@ -1413,6 +1413,24 @@ def test_map_of_the_readme():
     assert f"after line {complete - 1} the method is complete" in text
 
 
+def shown(seeds: list[dict], key: str) -> str:
+    """A result as the README's table has it: median and range over the seeds, nothing where a seed lacks it."""
+    values = [metrics[key] for metrics in seeds if key in metrics]
+    if len(values) < len(seeds):
+        return ""
+    low, middle, high = (f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}" for x in np.quantile(values, (0, 0.5, 1)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def test_numbers_of_the_readme():
+    """The table of results has, for each key that it names, the numbers of results/*.json."""
+    rows = re.findall(r"^\|[^|]*\(`(\w+)`\) \|(.*?)\|(.*?)\|(.*?)\|.*\|$", source("README.md"), re.M)
+    assert len(rows) >= 12
+    for i, name in enumerate(("grid-classroom", "grid-laptop", "ant-classroom")):
+        seeds = json.loads(source(f"results/{name}.json"))["seeds"]
+        assert {row[0]: row[1 + i].strip() for row in rows} == {row[0]: shown(seeds, row[0]) for row in rows}
+
+
 def test_the_readmes_own_world_runs(tmp_path, monkeypatch):
     """The world that the README builds runs through all phases in a smoke run and leaves its results."""
     code = re.search(r"```python\n(import sys.*?)```", source("README.md"), re.S).group(1)
