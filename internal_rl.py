@@ -124,7 +124,7 @@ class Config:
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Steps = 60_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
@@ -1572,15 +1572,16 @@ def check_origin(run: Run, name: str, content: dict, path: Path) -> None:
 
 
 def load_saved(run: Run, phase: str) -> Path:
-    """Fill `run.saved` with the stages that are done: those in OUT/run.pt, or else, where a later phase begins, those
-    before it in the trained run that comes with the code. Returns the file. Writes nothing.
+    """Fill `run.saved` with the stages that are done: those in OUT/run.pt, or else (also without OUT), where a later
+    phase begins, those before it in the trained run that comes with the code. Returns the file. Writes nothing.
 
     Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs.
     """
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
     needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
     needed = {*TRAINED} if phase == "watch" else needed
-    path, own = run.out / "run.pt", os.path.exists(run.out / "run.pt")  # False for a name that cannot be one, too
+    path = (run.out or SHIPPED) / "run.pt"
+    own = os.path.exists(path)  # False for a name that cannot be one, too
     if needed and not own:
         path = SHIPPED / f"{run.name}.pt"
     try:
@@ -1594,7 +1595,7 @@ def load_saved(run: Run, phase: str) -> Path:
         check_origin(run, name, content, path)
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
-        file = run.out / "run.pt"
+        file = (run.out or SHIPPED) / "run.pt"
         raise Failure(f"--phase {phase}: {file} is not there or lacks --phase {missing[0]}; run that first")
     typical = typical_minutes(run.name)
     run.plan = {name: typical.get(name, 0.0) for name in wanted if name not in run.saved}

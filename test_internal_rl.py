@@ -1442,6 +1442,14 @@ def test_the_readmes_own_world_runs(tmp_path, monkeypatch):
     assert end.value.code == 0 and results(tmp_path)["expert_success"] > 0.3
 
 
+def test_the_readmes_use_from_python():
+    """The README's lines that steer the run in the clone do so: nearly all visits are to the colour of the code."""
+    code = re.search(r"```python\n(import torch.*?)```", source("README.md"), re.S).group(1)
+    exec(code, names := {})
+    visited = names["result"].visited
+    assert (visited == 2).sum() > 0.9 * (visited >= 0).sum() > 200
+
+
 def test_import_is_light():
     """Importing internal_rl imports neither matplotlib nor MuJoCo and prints nothing."""
     code = "import sys, internal_rl; assert not {'matplotlib', 'mujoco'} & {*sys.modules}"
