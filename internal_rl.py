@@ -1406,7 +1406,7 @@ def watch(run: Run, args) -> int:
             choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(models["rl"], generator)
             viewer = Viewer(models["discover"], choose, codes, fps)
             episodes.append(viewer.frames)
-            batch = run.world.batch(1, rng)
+            batch = run.world.batch(1, rng, roam=args.code is not None)  # one code: also after its goal is reached
             result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
             solved += int(result.reward.item())
             visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"

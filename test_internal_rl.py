@@ -1244,7 +1244,7 @@ def test_watching_a_trained_run(copied, capsys):
 @pytest.mark.parametrize("typed", [["1", "x", "7", "", "2"], []])
 def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     """A person's numbers choose the codes, what is no number is asked for again, and the end of the input leaves with
-    status 0. One code for good is what --code does."""
+    status 0. One code for good is what --code does, and a visit ends nothing then."""
     asked, answers = [], iter(typed)
 
     def answer(prompt):
@@ -1261,7 +1261,8 @@ def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     assert len(asked) == len(typed) + 1 and shown.endswith("\nbye\n")
     assert not typed or re.findall(r"^\| code (\d)", shown, re.M) == ["1", "2"]
     assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 3 --code 3".split()) == 0
-    assert {*re.findall(r"^[.|] code (\d)", capsys.readouterr().out, re.M)} == {"3"}
+    shown = capsys.readouterr().out
+    assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count("solved, 100 steps") == 3
 
 
 def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_path, capsys, monkeypatch):
