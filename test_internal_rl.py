@@ -1262,7 +1262,7 @@ def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     assert not typed or re.findall(r"^\| code (\d)", shown, re.M) == ["1", "2"]
     assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 3 --code 3".split()) == 0
     shown = capsys.readouterr().out
-    assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count("solved, 100 steps") == 3
+    assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count("solved, 20 steps") == 3
 
 
 def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_path, capsys, monkeypatch):
