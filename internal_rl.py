@@ -124,7 +124,7 @@ class Config:
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Steps = 60_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
