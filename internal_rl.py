@@ -1559,14 +1559,14 @@ TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
 
 
-def check_origin(run: Run, name: str, content: dict, path: Path) -> None:
+def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) -> None:
     """Raise Failure if a saved stage belongs to another config or seed."""
     if content["seed"] != run.seed:
-        raise Failure(f"{path}: made with --seed {content['seed']}, this run has {run.seed}; choose another --out")
+        raise Failure(f"{path}: made with --seed {content['seed']}, this run has {run.seed}; {advice}")
     for f in fields(Config):
         theirs, ours = content["config"].get(f.name), getattr(run.config, f.name)
         if theirs != ours:
-            raise Failure(f"{path}: made with --{f.name}={theirs}, this run has {ours}; choose another --out")
+            raise Failure(f"{path}: made with --{f.name}={theirs}, this run has {ours}; {advice}")
         if f.name == STAGES[name].last:
             return
 
@@ -1592,7 +1592,7 @@ def load_saved(run: Run, phase: str) -> Path:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
     for name, content in run.saved.items():
-        check_origin(run, name, content, path)
+        check_origin(run, name, content, path, "choose another --out" if own else "run --phase pretrain here first")
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
         file = (run.out or SHIPPED) / "run.pt"
