@@ -238,7 +238,7 @@ class Batch:
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
         self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
         self.time = np.zeros(B, dtype=np.int64)
-        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry, see `World.entries`
+        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry: as `entries` says
 
     def __len__(self) -> int:
         return len(self.cell)

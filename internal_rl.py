@@ -754,7 +754,7 @@ class CodePilot(Pilot):
 
     def begin(self, B: int, run: Run) -> None:
         c, device = run.config, run.device
-        self.run, self.threshold, self.memory = run, c.threshold, c.memory
+        self.run, self.memory = run, c.memory
         self.rows = torch.arange(B, device=device)  # of the living episodes
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
@@ -763,7 +763,7 @@ class CodePilot(Pilot):
 
     def steer(self, residual, batch):
         self.gate = self.meta.gate(residual, self.history[0], self.code) * self.run.tensor(batch.entered)
-        opened = (self.gate > self.threshold) | self.first
+        opened = (self.gate > self.run.config.threshold) | self.first
         self.first = False
         if opened.any():
             self.code[opened] = self.choose(residual[opened], self.rows[opened])
@@ -1580,10 +1580,9 @@ def load_saved(run: Run, phase: str) -> Path:
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
     needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
     needed = {*TRAINED} if phase == "watch" else needed
-    path = (run.out or SHIPPED) / "run.pt"
-    own = os.path.exists(path)  # False for a name that cannot be one, too
-    if needed and not own:
-        path = SHIPPED / f"{run.name}.pt"
+    mine = (run.out or SHIPPED) / "run.pt"
+    own = os.path.exists(mine)  # False for a name that cannot be one, too
+    path = SHIPPED / f"{run.name}.pt" if needed and not own else mine
     try:
         run.saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
         run.saved = {name: run.saved[name] for name in STAGES if name in run.saved and (own or name in needed)}
@@ -1595,8 +1594,7 @@ def load_saved(run: Run, phase: str) -> Path:
         check_origin(run, name, content, path, "choose another --out" if own else "run --phase pretrain here first")
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
-        file = (run.out or SHIPPED) / "run.pt"
-        raise Failure(f"--phase {phase}: {file} is not there or lacks --phase {missing[0]}; run that first")
+        raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
     typical = typical_minutes(run.name)
     run.plan = {name: typical.get(name, 0.0) for name in wanted if name not in run.saved}
     return path
