@@ -785,8 +785,7 @@ def ant_direction(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.nd
     return np.arctan2(dy, dx)
 
 
-STRIDE = 40  # control steps between two decisions of a spliced trajectory, at an even pace
-STRIDE_LENGTH = 0.8  # metres: most of a cell
+STRIDE_LENGTH = 0.8  # metres, most of a cell; between two decisions of a spliced trajectory lie 0 to 1.5 of it
 
 
 @functools.cache

@@ -72,9 +72,12 @@ import envs
 
 
 # What the kinds of fields below may hold: least and most.
-Count = Steps = int
+Many = Count = Steps = int
 Chance = Weight = Rate = float
-BOUNDS = {"Count": (1, 10**12), "Steps": (0, 10**12), "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6)}
+BOUNDS = {
+    "Many": (16, 10**12), "Count": (1, 10**12), "Steps": (0, 10**12),
+    "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6),
+}  # fmt: skip
 CHOICES = {"world": envs.WORLDS, "memory": ("segment", "none", "full")}
 
 
@@ -84,10 +87,10 @@ class Config:
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
-    eval_episodes: Count = 1024  # held-out episodes and post-training rollouts
+    eval_episodes: Many = 1024  # held-out episodes and post-training rollouts
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
-    dim: Count = 96  # D, width of the residual stream (paper: n_e = 256)
+    dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
     heads: Count = 4  # attention heads (paper)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
     swiglu: bool = True  # departure: gated MLPs instead of ReLU
@@ -1160,7 +1163,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "switches_per_episode": float(switched.sum() / len(switched)),
         "true_changes_per_episode": float(changed.sum() / len(changed)),
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
-        "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at], hidden=64),
+        "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at]),
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
         "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
@@ -1187,8 +1190,8 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
-def fit_readout(run: Run, inputs, labels, hidden: int = 0, steps: int = 300) -> float:
-    """Held-out accuracy of a linear (hidden=0) or small MLP read-out; the second half is held out.
+def fit_readout(run: Run, inputs, labels, steps: int = 300) -> float:
+    """Held-out accuracy of a small MLP's read-out; the second half is held out.
 
     inputs (N, F), labels (N,). The halves must not share episodes: that is the caller's order.
     """
@@ -1196,9 +1199,8 @@ def fit_readout(run: Run, inputs, labels, hidden: int = 0, steps: int = 300) -> 
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
-        sizes = [inputs.shape[1], *([hidden] if hidden else []), int(labels.max()) + 1]
-        layers = [m for a, b in zip(sizes[:-1], sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
-        net = nn.Sequential(*layers).to(run.device)
+        net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1))
+        net.to(run.device)
         optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
         for _ in range(steps):
             loss = F.cross_entropy(net(inputs[:half]), labels[:half])
@@ -1460,9 +1462,6 @@ class Run:
         self.phase, self.started, self.shown = phase, time.time(), 0.0
         return np.random.default_rng(number), torch.Generator(self.device).manual_seed(number)
 
-    def seconds(self) -> float:
-        return time.time() - self.started
-
     def tensor(self, array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
@@ -1475,7 +1474,7 @@ class Run:
     def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
         """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
         check_finite(f"{self.phase}, step {step}", **metrics)
-        elapsed = self.seconds()
+        elapsed = time.time() - self.started
         if step < total and elapsed - self.shown < every:
             return
         self.shown = elapsed
@@ -1497,26 +1496,6 @@ class Run:
     def say(self, text: str) -> None:
         if not self.quiet:
             print(text, flush=True)
-
-
-def check_config(c: Config) -> None:
-    """Raise Failure, naming the flag, unless the values of `c` make sense together."""
-    for f in fields(c):
-        value = getattr(c, f.name)
-        if f.name in CHOICES and value not in CHOICES[f.name]:
-            raise Failure(f"--{f.name}={value}: must be one of {', '.join(CHOICES[f.name])}")
-        if f.type in BOUNDS:
-            least, most = BOUNDS[f.type]
-            if not least <= value <= most:  # also where it is no number
-                raise Failure(f"--{f.name}={value}: must be from {least:,} to {most:,}")
-    if c.control_block > c.layers:
-        raise Failure(f"--control_block={c.control_block}: must be at most --layers={c.layers}")
-    if c.dim % c.heads:
-        raise Failure(f"--dim={c.dim}: must be a multiple of --heads={c.heads}")
-    if c.dim < 16:
-        raise Failure(f"--dim={c.dim}: must be at least 16")
-    if c.eval_episodes < 16:
-        raise Failure(f"--eval_episodes={c.eval_episodes}: must be at least 16")
 
 
 class Stage(NamedTuple):
@@ -1716,8 +1695,9 @@ def make_parser() -> argparse.ArgumentParser:
     comments = config_comments()
     for f in fields(Config):
         kind, text = type(f.default), f"{comments[f.name]} [{f.default}]".replace("%", "%%")
+        parse = between(kind, *BOUNDS[f.type]) if f.type in BOUNDS else boolean if kind is bool else str
         group.add_argument(
-            f"--{f.name}", type=boolean if kind is bool else kind, help=text, metavar=kind.__name__.upper()
+            f"--{f.name}", type=parse, choices=CHOICES.get(f.name), help=text, metavar=kind.__name__.upper()
         )
     return parser
 
@@ -1729,7 +1709,10 @@ def make_config(args) -> Config:
     if args.fast:
         config = replace(config, **FAST)
     config = replace(config, **{f.name: value for f in fields(Config) if (value := getattr(args, f.name)) is not None})
-    check_config(config)
+    if config.control_block > config.layers:
+        raise Failure(f"--control_block={config.control_block}: must be at most --layers={config.layers}")
+    if config.dim % config.heads:
+        raise Failure(f"--dim={config.dim}: must be a multiple of --heads={config.heads}")
     if envs.WORLDS[config.world].kind != args.env:
         raise Failure(f"--world={config.world}: not a world of --env {args.env}")
     return config

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -1369,14 +1369,18 @@ def test_reinforcement_that_diverges_fails_clearly(name):
 
 def test_help_explains_every_field_and_presets_are_possible():
     """The comment beside each field of Config is in --help under the field's flag, with its default. No preset is
-    refused, fast or not."""
+    refused when its own values are given as flags, fast or not."""
     comments, text = ir.config_comments(), re.sub(r"\W", "", ir.make_parser().format_help())
     assert list(comments) == [f.name for f in fields(ir.Config)]
     for f in fields(ir.Config):
         said = f"--{f.name} {type(f.default).__name__.upper()} {comments[f.name]} [{f.default}]"
         assert re.sub(r"\W", "", said) in text
-    for preset in (*ir.PRESETS["grid"].values(), *ir.PRESETS["ant"].values()):
-        ir.check_config(preset), ir.check_config(replace(preset, **ir.FAST))
+    for env, name in ((env, name) for env, presets in ir.PRESETS.items() for name in presets):
+        for fast in ([], ["--fast"]):
+            flags = ["--env", env, "--preset", name, *fast]
+            config = ir.make_config(ir.make_parser().parse_args(flags))
+            values = [f"--{field}={value}" for field, value in asdict(config).items()]
+            assert ir.make_config(ir.make_parser().parse_args(flags + values)) == config
 
 
 def test_readme_mentions_only_what_exists():
@@ -1419,7 +1423,8 @@ def shown(seeds: list[dict], key: str) -> str:
     values = [metrics[key] for metrics in seeds if key in metrics]
     if len(values) < len(seeds):
         return ""
-    low, middle, high = (f"{x:.3f}" if abs(x) < 10 else f"{x:.0f}" for x in np.quantile(values, (0, 0.5, 1)))
+    digits = lambda x: ".0f" if abs(x) > 10 else ".1e" if 0 < abs(x) < 1e-3 else ".3f"
+    low, middle, high = (format(x, digits(x)) for x in np.quantile(values, (0, 0.5, 1)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
