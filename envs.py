@@ -1,17 +1,20 @@
 """Pinpad worlds: visit coloured cells in a hidden order, one reward at the very end.
 
 This file holds the tasks of the paper (arXiv 2512.20605, App. A): rules, task tables and experts of the grid, then of
-the ant. `internal_rl.py` sees them through one door, the members of `World` and `Batch`, and knows nothing else:
+the ant. `internal_rl.py` sees them through one door, the members of `World` and `Batch` (its embeddings, pictures and
+`--phase watch` also look at cells):
 
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
-    world.mirrored(obs, rng)        what the encoder reads instead of the trajectory itself
-    world.entries(obs)              at which steps it reads, and the gate may open
+    world.mirrored(obs, rng)        * what the encoder reads instead of the trajectory itself
+    world.entries(obs)              * at which steps it reads, and the gate may open
     world.expert_success(count)     of the post-training task
-    world.batch(count, rng)         episodes of the post-training task: observe, step, entered, subgoal, select
+    world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
-    world.floor(episodes)           loss of the best possible predictor of the expert
-    world.places(obs)               where everything is, to draw it
+    world.floor(episodes)           * loss of the best possible predictor of the expert
+    world.places(obs)               * where everything is, to draw it
+
+A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`.
 
 Everything is written once, for a batch of episodes, in numpy. The Gymnasium environments
 `InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are views of a batch of one:
@@ -123,12 +126,12 @@ class World:
 
     def batch(self, count: int, rng, roam=False) -> Batch:
         """`count` episodes of the post-training task on random solvable layouts, to act in."""
-        layout, tasks, _, _ = solvable_layouts(self, [self.post], count, rng)
+        layout, tasks, _ = solvable_layouts(self, [self.post], count, rng)
         return self.start(layout, tasks, rng, roam)
 
     def scattered(self, count: int, rng) -> Batch:
         """`count` episodes on one layout, each from any free cell; visits end nothing."""
-        layout, tasks, _, _ = solvable_layouts(self, [self.post], 1, rng)
+        layout, tasks, _ = solvable_layouts(self, [self.post], 1, rng)
         repeat = lambda parts: [np.repeat(part, count, axis=0) for part in parts]
         batch = self.start(Layout(*repeat(layout)), repeat(tasks), rng, roam=True)
         batch.place(batch.rows, one_of(batch.content < 0, rng), rng)
@@ -137,13 +140,13 @@ class World:
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         """`count` trajectories of the expert to learn from.
 
-        Jumps: with chance `jumps` a step is followed by a jump to a random free cell, and half of the episodes start
-        on a random colour, where there is a way from it. The targets are the expert's actions wherever it is.
+        Jumps: with chance `jumps` a step is followed by a jump to a random free cell, and half of the episodes try to
+        start on a random colour: not the goal's, and there must be a way. Targets are the expert's actions everywhere.
         """
         return self.simulate(self.pretrain, count, rng, self.jumps)[0]
 
     def held_out(self, count: int) -> Episodes:
-        """Trajectories without jumps for evaluation: the same for every seed, never trained on."""
+        """Trajectories without jumps for evaluation, ants simulated: the same for every seed, never trained on."""
         return self.simulate(self.pretrain, count, np.random.default_rng(10**9))[0]
 
     def expert_success(self, count: int) -> float:
@@ -165,15 +168,15 @@ class World:
 
     def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, int]:
         """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
-        layout, tasks, field, _ = solvable_layouts(self, tasks, count, rng)
-        batch, plan, alive = self.start(layout, tasks, rng), self.plan(field), np.arange(count)
+        layout, tasks, field = solvable_layouts(self, tasks, count, rng)
+        batch, alive = self.start(layout, tasks, rng), np.arange(count)
         batch.jump(0.5 * (jumps > 0), field, alive, rng, layout.colours)
         seen, target, successes = batch.observe(), None, 0
         obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
         goal, length = np.full((count, self.limit), -1), np.zeros(count, dtype=int)
         obs[:, 0] = seen
         for t in range(self.limit):
-            wanted, action = self.expert(batch, plan, alive, rng)
+            wanted, action = self.expert(batch, field, alive, rng)
             if target is None:
                 target = np.zeros((count, self.limit, *wanted.shape[1:]), dtype=wanted.dtype)
             target[alive, t], goal[alive, t] = wanted, batch.goal()
@@ -189,10 +192,6 @@ class World:
         beyond = np.arange(self.limit) >= length[:, None]
         goal[beyond], target[beyond], obs[:, 1:][beyond] = -1, 0, 0
         return Episodes(obs, target, goal, goal >= 0), successes
-
-    def plan(self, field: np.ndarray) -> np.ndarray:
-        """What the expert looks up when it acts: the distance fields, (B, O, G*G)."""
-        return field
 
 
 class Layout(NamedTuple):
@@ -439,8 +438,8 @@ def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.n
 def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
     """`count` random solvable (layout, task) pairs, by rejection.
 
-    Returns layout, tasks as of `pad_tasks`, distance fields, share of unsolvable draws. Given the layout, the task
-    is then uniform over the tasks that can be solved on it, which is the prior of `bayes_predictor`.
+    Returns layout, tasks as of `pad_tasks`, distance fields. Given the layout, the task is then uniform over the tasks
+    that can be solved on it, which is the prior of `bayes_predictor`.
     """
     padded, lengths = pad_tasks(tasks)
     parts, drawn, kept = [], 0, 0
@@ -455,7 +454,7 @@ def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
         kept += len(ok)
         parts.append([part[ok] for part in (*layout, padded[index], lengths[index], field)])
     *layout, padded, lengths, field = (np.concatenate(column)[:count] for column in zip(*parts))
-    return Layout(*layout), (padded, lengths), field, 1 - kept / drawn
+    return Layout(*layout), (padded, lengths), field
 
 
 def one_of(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -515,7 +514,7 @@ class GridWorld(World):
         return table[rng.integers(len(table), size=(len(obs), 1, 1)), obs]
 
     def entries(self, obs: np.ndarray) -> np.ndarray:
-        """Steps that lead into a cell: all of them, (N, T)."""
+        """All steps, also those that bump into something, (N, T)."""
         return np.ones(obs.shape[:2], dtype=bool)
 
     def places(self, obs: np.ndarray) -> np.ndarray:
@@ -596,16 +595,15 @@ class GridPinpad(PinpadEnv):
     Reward, start and end: see `PinpadEnv`.
 
     ## Arguments
-    size, colours, walls, limit, task (a sequence of colours), subgoals (the colours of each subgoal; single
-    colours where the default pairs do not fit), render_mode ("ansi" or "rgb_array").
+    size, colours, walls, limit, task (a sequence of colours), render_mode ("ansi" or "rgb_array").
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
-    def __init__(self, size=7, colours=8, walls=4, limit=100, task=None, subgoals=None, render_mode=None):
+    def __init__(self, size=7, colours=8, walls=4, limit=100, task=None, render_mode=None):
         task = WORLDS["paper"].post if task is None else tuple(task)
-        subgoals = subgoals or (PAIRS if colours == 8 else tuple((c,) for c in range(colours)))
-        super().__init__(GridWorld(size, colours, walls, limit, tuple(subgoals), (task,), task), render_mode)
+        subgoals = PAIRS if colours == 8 else tuple((c,) for c in range(colours))
+        super().__init__(GridWorld(size, colours, walls, limit, subgoals, (task,), task), render_mode)
         self.action_space = gym.spaces.Discrete(4)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (size * size * self.world.objects,), np.float32)
 
@@ -672,7 +670,7 @@ class AntBatch(Batch):
 
     rng draws the start poses: anywhere in the cell, any yaw, joint angles and rates within 0.1 of standing still. An
     episode also ends when the torso enters a wall cell or is too low or too high, and when the simulation diverges or
-    a torque is not finite, which `diverged` counts. `roam` keeps these ends. What the paper leaves open: beyond the
+    a torque is not finite. `roam` keeps these ends. What the paper leaves open: beyond the
     grid everything belongs to the nearest cell, so that the border ends nothing, as on the grid; nor does lying upside
     down, which the height does not show (see `upright`).
     """
@@ -680,7 +678,6 @@ class AntBatch(Batch):
     def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
         super().__init__(world, layout, tasks, roam)
         B = len(self)
-        self.diverged = 0  # episodes so far that ended because the simulation did
         self.state = self._standing(self.cell)  # (B, 30)
         self.state[:, XY] += rng.uniform(-CELL / 2, CELL / 2, (B, 2))
         yaw = rng.uniform(-np.pi, np.pi, B)
@@ -700,7 +697,6 @@ class AntBatch(Batch):
         sane = np.isfinite(actions).all(axis=1)
         self.state = ant_simulate(self.state, np.where(sane[:, None], actions, 0), self.world.threads)
         sane &= (np.abs(self.state[:, 1:]) < LARGEST).all(axis=1)  # also False where it is not finite
-        self.diverged += int((~sane).sum())
         self.state[~sane] = self._standing(self.cell[~sane])
         cell = self.world.cell_of(self.state[:, XY])
         fallen = (self.state[:, HEIGHT] < LOWEST) | (self.state[:, HEIGHT] > HIGHEST)
@@ -712,7 +708,7 @@ class AntBatch(Batch):
         return super().arrive(cell, failed)
 
     def upright(self) -> np.ndarray:
-        """Whether the torso's own z axis points up, (B,). For evaluation only."""
+        """Whether the torso's own z axis points up, (B,)."""
         return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
 
     def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
@@ -766,21 +762,15 @@ def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
     return legs.reshape(-1, 8).clip(-1, 1)
 
 
-def ant_routes(field: np.ndarray) -> np.ndarray:
-    """The next cell on a shortest path from every cell to every colour, (B, O, G*G); field (B, O, G*G).
+def ant_direction(batch: AntBatch, field: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where the expert walks, (B,) in radians: to the centre of the next cell on a shortest path; field (., O, G*G).
 
-    Of several always the same one, so that the torques follow from place and goal. Where there is no way the next cell
-    is the cell itself.
+    Of several always the same one, so that the torques follow from place and goal; where there is no way, to that of
+    its own cell. rows (B,): each episode's row of the field.
     """
-    episode, colour, cell = (index.reshape(-1) for index in np.indices(field.shape))
-    best = shortest_actions(field, episode, colour, cell)
-    step = neighbour_table(round(field.shape[-1] ** 0.5))[cell, best.argmax(axis=1)]
-    return np.where(best.any(axis=1), step, cell).reshape(field.shape)
-
-
-def ant_direction(batch: AntBatch, route: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Where the expert walks: to the centre of the next cell, (B,) in radians. route (., O, G*G); rows (B,) of it."""
-    target = batch.world.centres[route[rows, batch.goal(), batch.cell]]
+    best = shortest_actions(field, rows, batch.goal(), batch.cell)
+    step = neighbour_table(batch.world.size)[batch.cell, best.argmax(axis=1)]
+    target = batch.world.centres[np.where(best.any(axis=1), step, batch.cell)]
     dx, dy = (target - batch.state[:, XY]).T
     return np.arctan2(dy, dx)
 
@@ -833,7 +823,7 @@ def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
 
 
 class SplicedBatch(AntBatch):
-    """Ants to learn from, without simulation: a step is one decision, a stride or part of a stride after the last.
+    """Ants to learn from, without simulation: a step is one decision, up to one and a half strides after the last.
 
     Between two decisions the ant moves on its way, a little or most of a cell; how its body moves then is one of
     `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is drawn at
@@ -900,27 +890,23 @@ class AntWorld(World):
     def start(self, layout: Layout, tasks, rng, roam=False) -> AntBatch:
         return (SplicedBatch if self.spliced else AntBatch)(self, layout, tasks, rng, roam)
 
-    def plan(self, field: np.ndarray) -> np.ndarray:
-        return ant_routes(field)
-
-    def expert(self, batch: AntBatch, route, alive, rng):
+    def expert(self, batch: AntBatch, field, alive, rng):
         """Trots to the centre of the next cell -> torques (B, 8), to learn, and what to do: the same with noise."""
-        way = ant_direction(batch, route, alive)
+        way = ant_direction(batch, field, alive)
         torques = trot(batch.state, way)
         action = way if self.spliced else torques + self.noise * rng.standard_normal(torques.shape)
         return torques.astype(np.float32), action
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
-        if self.decisions:
-            return replace(self, spliced=True, limit=self.decisions, decisions=0).episodes(count, rng)
-        return super().episodes(count, rng)
+        world = replace(self, spliced=True, limit=self.decisions) if self.decisions else self
+        return world.simulate(world.pretrain, count, rng, world.jumps)[0]
 
     def floor(self, episodes: Episodes) -> float:
-        """Loss of the best possible predictor: not known here, 0."""
+        """Loss of the best possible predictor: not known here, 0, so that the excess over it is the loss itself."""
         return 0.0
 
     def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
-        """Each episode turned or reflected, without the body: nothing for a code to be relative to, (N, T, F)."""
+        """Each episode turned or reflected, (N, T, F). The body is hidden: no code can mean "turn left"."""
         turns, flips = 1j ** rng.integers(4, size=len(obs))[:, None, None], rng.random((len(obs), 1, 1)) < 0.5
         plane = slice(self.parts["xy"].start, None)  # pairs x, y, as complex numbers
         xy = np.ascontiguousarray(obs[..., plane]).view(np.complex64) * turns

@@ -11,7 +11,8 @@ Three phases, in the order of this file:
 
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
-    2. discover: the metacontroller learns to steer the frozen base. It sees the whole episode, mirrored.
+    2. discover: the metacontroller learns to steer the frozen base. It sees the whole episode, future included, but
+       turned or reflected at random ("mirrored").
 
        episode, mirrored -> [encoder] -> proposal z~_t
                                              |
@@ -38,10 +39,11 @@ Glossary (B episodes, T steps, F numbers in an observation, D width of the resid
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
-    controller        U_t      (never made) U = out^T inn, each a sum of (R, D) weighted by the code   Eq. 3
+    controller        U_t      (never made) U = out^T inn, each a sum of (R, D) weighted by decoder(z) Eq. 3
     kl_weight         alpha    scalar       price of a nat of code                                     Eq. 3
 
-What differs from the paper on purpose is marked "departure" in `Config`; README, "Departures", says what it is worth.
+What differs from the paper and can be left out is marked "departure" in `Config`; README, "Departures", says what it
+is worth, and "Open questions" what else differs.
 """
 
 from __future__ import annotations
@@ -71,11 +73,11 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-# What the kinds of fields below may hold: least and most.
-Many = Count = Steps = int
+# Kinds of int and float, with the least and the most that a flag may set them to.
+Many = Count = Natural = int
 Chance = Weight = Rate = float
 BOUNDS = {
-    "Many": (16, 10**12), "Count": (1, 10**12), "Steps": (0, 10**12),
+    "Many": (16, 10**12), "Count": (1, 10**12), "Natural": (0, 10**12),
     "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6),
 }  # fmt: skip
 CHOICES = {"world": envs.WORLDS, "memory": ("segment", "none", "full")}
@@ -87,7 +89,7 @@ class Config:
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
-    eval_episodes: Many = 1024  # held-out episodes and post-training rollouts
+    eval_episodes: Many = 1024  # held-out episodes; RL is measured on 4 times as many of its own
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
@@ -96,20 +98,20 @@ class Config:
     swiglu: bool = True  # departure: gated MLPs instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
-    control_block: Steps = 1  # the controller acts after this many blocks (paper: layers / 2)
-    memory: str = "none"  # departure: what the steered base remembers, none or since the last switch (paper: full)
+    control_block: Natural = 1  # the controller acts after this many blocks (paper: layers / 2)
+    memory: str = "none"  # departure: of the steered base: none, segment (since the last switch) or full (paper)
     # phase 1: pretrain
-    pretrain_steps: Steps = 3000  # (paper: 256,000)
+    pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
-    pretrain_lr: Rate = 6e-3  # peak (paper: 3e-4)
-    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices, and rates that fall along a cosine
+    pretrain_lr: Rate = 6e-3  # peak; 3 times that for what Muon does not train (paper: 3e-4)
+    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates fall along a cosine, here and later
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    jumps: Chance = 0.1  # departure: chance per step to jump to another cell; half of the episodes start on a colour
+    jumps: Chance = 0.1  # departure: chance per step of a jump; up to half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
     discover_batch: Count = 64  # episodes, here and in phase 2 (paper: 512)
     rank: Count = 16  # of the controllers (paper: 16 on the grid)
-    steer_steps: Steps = 700  # (ours)
-    steer_lr: Rate = 5e-3  # peak, cosine (ours)
+    steer_steps: Natural = 700  # (ours)
+    steer_lr: Rate = 5e-3  # peak (ours)
     # phase 2: discover (paper: App. D.2, Table of sizes)
     history_dim: Count = 32  # n_h (paper)
     summary_dim: Count = 32  # n_s (paper)
@@ -117,17 +119,17 @@ class Config:
     code_dim: Count = 8  # n_z (paper)
     decoder_hidden: Count = 32  # (paper)
     mirror: bool = True  # departure: the encoder sees a rotated or reflected copy of the episode
-    blind_steps: Steps = 0  # first steps in which a base that shall remember a segment has no memory yet
-    discover_steps: Steps = 3000  # (paper: 64,000)
-    discover_lr: Rate = 6e-3  # peak, cosine (paper: 1e-3 constant)
-    free_steps: Steps = 250  # departure: KL and openings cost nothing for so long, and ever more for as long again
+    blind_steps: Natural = 0  # first of these steps, in which a base that shall remember a segment has no memory
+    discover_steps: Natural = 3000  # (paper: 64,000)
+    discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
+    free_steps: Natural = 250  # departure: in so many steps KL and openings cost nothing, in as many again ever more
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Steps = 100_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Natural = 100_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 4  # passes over a batch
@@ -181,9 +183,9 @@ FAST = {
 # lower blocks end where the controller will act on that vector.
 #
 # Every block maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with the state
-# carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 nothing, step
-# t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors, batch first;
-# it is empty where an episode starts and where steps are alone.
+# carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 (next to)
+# nothing, step t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors,
+# batch first; it is empty where an episode starts and where steps are alone.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -258,9 +260,9 @@ class GridEmbedding(nn.Module):
     """Linear map of the grid observation, given as the cells of its ones: (B, T, O + W + 1) -> (B, T, D).
 
     Absolute: a weight vector for each (object, cell), which is a plain linear layer on the 637 numbers. Relative:
-    a vector for each (object, offset from the agent), a bijection of the same observation that is learned many
-    times faster. There the colours share their geometry: vector = features(offset) @ matrix(colour) +
-    obstacle(offset); walls, whose names mean nothing, are obstacles and no more.
+    a vector for each (object, offset from the agent), which is learned many times faster and says the same, but for
+    the names of the walls, which mean nothing. There the colours share their geometry: vector = features(offset) @
+    matrix(colour) + obstacle(offset); walls are obstacles and no more.
     """
 
     FEATURES = 24
@@ -311,7 +313,8 @@ class AntEmbedding(nn.Module):
         width, under = (c.dim // 4, c.dim // 8) if self.relative else (c.dim, 0)
         self.cells = GridEmbedding(c, world, c.dim - width - under) if self.relative else None
         self.under = nn.Parameter(3 * torch.randn(world.colours, under)) if self.relative else None
-        self.body = nn.Linear(35 if self.relative else self.parts["local"].stop, width)
+        features = 1 + 2 + 8 + 12 + 12  # height, tilt, joints, rates, six vectors of the plane
+        self.body = nn.Linear(features if self.relative else self.parts["local"].stop, width)
 
     def forward(self, obs):
         if not self.relative:
@@ -322,7 +325,7 @@ class AntEmbedding(nn.Module):
         column, row = places.floor().long().clamp(0, self.size - 1).unbind(-1)
         cells = row * self.size + column
         stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)
-        # Vectors of the plane as complex numbers, turned into the frame of the torso.
+        # Vectors of the plane as complex numbers, turned into the frame of the torso (the velocity's symlog, too).
         w, x, y, z = (orientation.sign() * orientation.abs().expm1()).unbind(-1)
         yaw = torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
         centres = torch.tensor([[0, 2], [0, -2], [-2, 0], [2, 0]], dtype=obs.dtype, device=obs.device)
@@ -380,8 +383,8 @@ HEADS = {"grid": GridHead, "ant": AntHead}
 class BaseModel(nn.Module):
     """The causal sequence model that is pretrained, then frozen. `lower` ends where the controller acts.
 
-    The blocks below the controller see each step alone: what they remembered would tell the goal, and the code would
-    not have to. With --memory full they have memory too, as in the paper.
+    The blocks below the controller see each step alone, in all phases: with memory they would infer the goal from
+    earlier moves, and the code would have nothing to say. With --memory full they have memory too, as in the paper.
     """
 
     def __init__(self, c: Config):
@@ -428,15 +431,16 @@ class BaseModel(nn.Module):
 #
 # It steers the frozen base. A code says in a few numbers what the base shall do; a decoder turns the code into a
 # controller, a matrix U that is applied to the residual stream. A code is held until a gate opens and a new one is
-# adopted. While the metacontroller learns, codes come from an encoder that sees the whole episode, future included.
+# adopted. While the metacontroller learns, codes come from an encoder that sees the whole episode, future included. It
+# proposes one at each *entry*: on the grid every step, for the ant each step that leads into another cell.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Controller(nn.Module):
     """Linear control of the residual stream: e^ = e + U e, where U = out^T inn has rank R.
 
-    Both factors are sums over K controllers to choose from, weighted by h: out = sum_k h_k out_k, and inn alike. They
-    meet the residual one after the other, so that no step needs factors of its own, let alone a D x D matrix.
+    Both factors are weighted sums over K controllers: out = sum_k weight_k out_k, and inn alike. They meet the
+    residual one after the other, so that no step needs factors of its own, let alone a D x D matrix.
     """
 
     def __init__(self, c: Config, K: int):
@@ -444,12 +448,12 @@ class Controller(nn.Module):
         self.inn = nn.Parameter(torch.randn(K, c.rank, c.dim) * c.dim**-0.5)  # what it reads
         self.out = nn.Parameter(torch.zeros(K, c.rank, c.dim))  # what it writes: nothing at first
 
-    def forward(self, residual, h):
-        """residual (..., D), h (..., K) -> controlled residual (..., D)."""
-        h, (K, R, _) = h[..., None], self.inn.shape
+    def forward(self, residual, weight):
+        """residual (..., D), weight (..., K) -> controlled residual (..., D)."""
+        weight, (K, R, _) = weight[..., None], self.inn.shape
         inn_e = (residual @ self.inn.flatten(0, 1).T).unflatten(-1, (K, R))
-        inn_e = (h * inn_e).sum(-2, keepdim=True)  # (..., 1, R)
-        return residual + (h * inn_e).flatten(-2) @ self.out.flatten(0, 1)
+        inn_e = (weight * inn_e).sum(-2, keepdim=True)  # (..., 1, R)
+        return residual + (weight * inn_e).flatten(-2) @ self.out.flatten(0, 1)
 
 
 def shift_right(x):
@@ -465,8 +469,8 @@ def memory_after(gate, memory: str):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them.
 
-    The encoder is non-causal and reads a copy of the episode (`view`, mirrored); the gate is causal and reads the
-    episode itself.
+    The encoder is non-causal and reads a copy of the episode (`view`: mirrored, entries alone); the gate is causal and
+    reads the episode itself, every step of it. Each has a history of what it reads, made by one and the same GRU.
     """
 
     def __init__(self, c: Config):
@@ -483,7 +487,7 @@ class Metacontroller(nn.Module):
         nn.init.zeros_(self.switch[2].bias)
 
     def read(self, residual):
-        """The residual stream as the metacontroller sees it: of one size, as the base's own blocks see it."""
+        """The residual stream as the metacontroller sees it: scaled to root mean square 1, as the blocks see it."""
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, view, count):
@@ -594,7 +598,7 @@ def scheduled(c: Config, optimiser, steps: int) -> list:
     """The optimiser, and what warms its rate up and lowers it along a cosine; the paper's rates are constant."""
     if not c.fast_optimiser:
         return [optimiser]
-    peak, total = optimiser.param_groups[0]["lr"], max(2, steps)
+    peak, total = optimiser.param_groups[0]["lr"], max(2, steps + (steps == 50))  # at 50 OneCycleLR divides by 0
     cycle = {"pct_start": 0.02, "div_factor": 25, "final_div_factor": 2, "cycle_momentum": False}
     return [optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total, **cycle)]
 
@@ -615,7 +619,10 @@ def pretrain_optimisers(c: Config, base: BaseModel) -> list:
 
 
 def update(model: nn.Module, loss, *steppers) -> None:
-    """One gradient step of `model`, its gradient's norm clipped to 1, by optimisers and schedulers."""
+    """One gradient step of `model`, its gradient's norm clipped to 1, by optimisers and schedulers.
+
+    Callers divide their loss by about the length of an episode, to bring the gradient near that norm.
+    """
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
@@ -675,7 +682,7 @@ class Labels(Controller):
 
     def control(self, residual, subgoal):
         """residual (..., D), subgoal (...) -> controlled residual (..., D)."""
-        # An index would do, but its gradient is not the same every time.
+        # Indexing does the same, but sums up its gradient in another order each time, so that runs would differ.
         return self(residual, F.one_hot(subgoal, len(self.out)).to(residual.dtype))
 
 
@@ -716,9 +723,6 @@ class Pilot:
 
     memory = "full"
 
-    def begin(self, B: int, run: Run) -> None:
-        """B episodes begin."""
-
     def steer(self, residual, batch):
         """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
         return residual, torch.zeros_like(residual[:, 0])
@@ -730,11 +734,8 @@ class Pilot:
 class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
-    def __init__(self, labels: Labels):
-        self.labels = labels
-
-    def begin(self, B: int, run: Run) -> None:
-        self.run, self.memory = run, run.config.memory
+    def __init__(self, run: Run, B: int, labels: Labels):
+        self.run, self.memory, self.labels = run, run.config.memory, labels
         self.subgoal = torch.full((B,), -1, device=run.device)
 
     def steer(self, residual, batch):
@@ -749,20 +750,16 @@ class LabelPilot(Pilot):
 class CodePilot(Pilot):
     """The metacontroller without its encoder: `choose` gives a new code where the gate opens, else the code is held.
 
-    The gate is H(beta_t - threshold) at entries, and 0 at other steps; at the first step it is open. (Alg. 1)
+    The gate is open at entries where beta_t is above the threshold, and at the first step. (Alg. 1)
     """
 
-    def __init__(self, meta: Metacontroller, choose):
-        self.meta, self.choose = meta, choose
-
-    def begin(self, B: int, run: Run) -> None:
+    def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
-        self.run, self.memory = run, c.memory
+        self.run, self.memory, self.meta, self.choose = run, c.memory, meta, choose
         self.rows = torch.arange(B, device=device)  # of the living episodes
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
         self.first = True
-        self.choose.begin(B, run)
 
     def steer(self, residual, batch):
         self.gate = self.meta.gate(residual, self.history[0], self.code) * self.run.tensor(batch.entered)
@@ -801,7 +798,6 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
     mask, reward = np.zeros((count, T), dtype=bool), torch.zeros(count, device=device)
     tables = None  # of observations, actions and their log-probabilities
     alive, lower, upper = np.arange(count), None, None
-    pilot.begin(count, run)
     for t in range(T):
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower = base.lower(obs[:, None], lower)
@@ -846,8 +842,7 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
     A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
     code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
 
-    The encoder reads an episode cell by cell, so that the pace does not matter: it proposes at its entries, the steps
-    that lead into another cell, on the grid all. There alone can the gate open.
+    The encoder reads an episode entry by entry, so that the pace does not matter. There alone can the gate open.
     """
     view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
     entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
@@ -863,8 +858,8 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float, blind: bool):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    An opening of the gate has a price of its own: that of an empty proposal, of no KL, would be nothing, and gates
-    would stay half open to shrink a code with it. charge, 0 to 1, is the share of KL and price that is charged yet.
+    An opening of the gate has a price of its own. A proposal like the prior costs no KL, so the gate could stay half
+    open for free and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged yet.
     Gradients flow through the frozen upper blocks. blind: the base has no memory at all, so that the code must say
     everything. After it the base remembers what it will remember in phase 3.
     """
@@ -902,8 +897,8 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 # Phase 3: internal RL, and RL on raw actions through the same loop (paper: App. C.5, Algorithms 1-3)
 #
 # In: the frozen base and metacontroller. Out: a policy that chooses codes. An episode of a hundred steps is only a few
-# decisions for it, one for each opening of the gate: this is contracted time. Codes already do sensible things, so now
-# and then random ones solve the task, and there is something to learn from.
+# decisions for it, one for each opening of the gate: this is contracted time. Codes already do sensible things, so
+# random ones solve the task now and then (on the grid one episode in ten thousand): there is something to learn from.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -945,11 +940,9 @@ class PolicyCodes:
 
     MOST = 12
 
-    def __init__(self, policy: Policy, generator, sample: bool = True):
-        self.policy, self.generator, self.sample = policy, generator, sample
-
-    def begin(self, B: int, run: Run) -> None:
+    def __init__(self, run: Run, B: int, policy: Policy, generator, sample: bool = True):
         c, device = run.config, run.device
+        self.policy, self.generator, self.sample = policy, generator, sample
         self.state = torch.zeros(1, B, c.policy_dim, device=device)
         self.count = torch.zeros(B, dtype=torch.int64, device=device)  # decisions so far
         shapes = (c.dim,), (c.code_dim,), (), ()
@@ -979,8 +972,8 @@ class InternalLearner:
 
     def collect(self, count: int, rng, generator, sample: bool = True) -> tuple[Decisions, float]:
         """Play `count` episodes -> what to learn from, success."""
-        codes = PolicyCodes(self.model, generator, sample)
-        pilot, batch = CodePilot(self.meta, codes), self.run.world.batch(count, rng)
+        codes = PolicyCodes(self.run, count, self.model, generator, sample)
+        pilot, batch = CodePilot(self.run, count, self.meta, codes), self.run.world.batch(count, rng)
         result = rollout(self.run, self.base, pilot, batch, generator, self.run.config.temperature)
         return Decisions(*codes.tables, result.reward), result.reward.mean().item()
 
@@ -992,9 +985,9 @@ class InternalLearner:
 class RawLearner:
     """The baseline: the same objective fine-tunes the base itself; a decision is a raw action.
 
-    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. Those
-    have the gradient of the whole batch in expectation, up to a factor: the advantages of its failures add up to minus
-    those of its successes, as they do in the whole.
+    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. In
+    expectation this gives the gradient of the whole batch times a constant: in either, the advantages of the failures
+    add up to minus those of the successes.
     """
 
     FAILURES = 16
@@ -1068,7 +1061,6 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 
 def raw_rl(run: Run, base: BaseModel) -> BaseModel:
     """The baseline: fine-tune a copy of the base on raw actions, with as many episodes."""
-    run.start("raw")
     model = BaseModel(run.config).to(run.device)
     model.load_state_dict(base.state_dict())
     reinforce(run, "raw", RawLearner(run, model))
@@ -1108,7 +1100,7 @@ def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     """Post-training success of ground-truth controllers that are switched by hand, actions at temperature 1."""
     rng, generator = run.start("evaluate")
     batch = run.world.batch(run.config.eval_episodes, rng)
-    result = rollout(run, models["pretrain"], LabelPilot(labels), batch, generator)
+    result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch, generator)
     run.say(f"ground-truth controllers: post-training success {result.reward.mean():.3f}")
     return {"steer_success": result.reward.mean().item()}
 
@@ -1135,8 +1127,8 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
 def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     """Switches against true changes of subgoal, what the codes mean, and what random codes achieve.
 
-    The first step is no switch; a random switcher, at as many entries, is measured beside. The read-out of the true
-    subgoal from the code at a switch is a small MLP's, on layouts it has not seen.
+    Precision, recall and numbers of switches leave out the first step; KL, read-out and mean codes do not. A random
+    switcher, at as many entries, is measured beside. The read-out of the true subgoal from a code is a small MLP's.
     """
     base, c, world = models["pretrain"], run.config, run.world
     rng, generator = run.start("evaluate")
@@ -1149,10 +1141,13 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
     named = [code[at & (run.tensor(subgoal) == k)] for k in range(len(world.subgoals))]
-    pilot = CodePilot(meta, PolicyCodes(Policy(c).to(run.device), generator))  # random codes: it has not learned yet
-    roaming = rollout(run, base, pilot, world.batch(c.eval_episodes, rng, roam=True), generator, c.temperature)
-    table = transition_table(world, roaming.visited)
-    trials = rollout(run, base, pilot, world.batch(4 * c.eval_episodes, rng), generator, c.temperature)
+    policy = Policy(c).to(run.device)  # its codes are random: it has not learned yet
+    rollouts = []
+    for count, roam in ((c.eval_episodes, True), (4 * c.eval_episodes, False)):
+        pilot = CodePilot(run, count, meta, PolicyCodes(run, count, policy, generator))
+        batch = world.batch(count, rng, roam)
+        rollouts.append(rollout(run, base, pilot, batch, generator, c.temperature))
+    table = transition_table(world, rollouts[0].visited)
     for line in raster(run, base, meta):
         run.say(line)
     metrics = {
@@ -1165,7 +1160,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at]),
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
-        "random_code_success": trials.reward.mean().item(),
+        "random_code_success": rollouts[1].reward.mean().item(),
         "counting_success": world.counting_success,
     }
     run.say("codes: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
@@ -1193,7 +1188,7 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
 def fit_readout(run: Run, inputs, labels, steps: int = 300) -> float:
     """Held-out accuracy of a small MLP's read-out; the second half is held out.
 
-    inputs (N, F), labels (N,). The halves must not share episodes: that is the caller's order.
+    inputs (N, F), labels (N,), in the order of their episodes, so that the halves share at most one.
     """
     half = len(inputs) // 2
     with torch.random.fork_rng(), torch.enable_grad():
@@ -1247,7 +1242,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise Failure("figures need matplotlib: pip install matplotlib, or pass --no-figures") from None
+        raise Failure("pictures need matplotlib: pip install matplotlib (or pass --no-figures, or no --gif)") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -1287,7 +1282,7 @@ def draw_gates(axis, run: Run, models: dict) -> None:
 def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
     rng, generator = run.start("figures")
-    pilot = CodePilot(models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
+    pilot = CodePilot(run, 100, models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
     heat, batch = run.config.temperature, run.world.scattered(100, rng)
     result = rollout(run, models["pretrain"], pilot, batch, generator, heat, record=True)
     seen, rows, last = result.visited >= 0, np.arange(100), result.mask.sum(axis=1) - 1
@@ -1361,9 +1356,6 @@ class CodesByNumber:
     def __init__(self, codes, number: int | None = None):
         self.codes, self.number = codes, number
 
-    def begin(self, B: int, run: Run) -> None:
-        pass
-
     def __call__(self, residual, rows):
         number = self.number
         while number is None:
@@ -1376,8 +1368,8 @@ class Viewer(CodePilot):
     """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. Long episodes are
     shown every few steps. `frames` has an observation, the number of the code, the gate and whether it opened."""
 
-    def __init__(self, meta: Metacontroller, choose, codes, fps: float):
-        super().__init__(meta, choose)
+    def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float):
+        super().__init__(run, 1, meta, choose)
         self.codes, self.fps, self.frames = codes, fps, []
 
     def steer(self, residual, batch):
@@ -1405,8 +1397,8 @@ def watch(run: Run, args) -> int:
     try:
         for number in range(1, (args.watch_episodes or 3) + 1):
             by_number = args.by_hand or args.code is not None
-            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(models["rl"], generator)
-            viewer = Viewer(models["discover"], choose, codes, fps)
+            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"], generator)
+            viewer = Viewer(run, models["discover"], choose, codes, fps)
             episodes.append(viewer.frames)
             batch = run.world.batch(1, rng, roam=args.code is not None)  # one code: also after its goal is reached
             result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
@@ -1416,8 +1408,9 @@ def watch(run: Run, args) -> int:
             print(f"{number}: {end}, {result.mask.sum()} steps, visits {visits}; solved {solved} of {number}\n")
     except (EOFError, KeyboardInterrupt):
         print("\nbye")
-    if args.gif:
-        write_whole(Path(args.gif), lambda file: draw_animation(run, episodes, file, fps or 4))
+    seen = [frames for frames in episodes if frames]
+    if args.gif and seen:
+        write_whole(Path(args.gif), lambda file: draw_animation(run, seen, file, fps or 4))
     return 0
 
 
@@ -1436,12 +1429,6 @@ class Failure(Exception):
 
 # Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
 STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8}
-
-
-def check_finite(phase: str, **metrics) -> None:
-    """Raise Failure (a failed run, status 1) if training has diverged."""
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise Failure(f"{phase}: not a finite number: {metrics}; lower the learning rate", 1)
 
 
 class Run:
@@ -1473,7 +1460,6 @@ class Run:
 
     def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
         """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
-        check_finite(f"{self.phase}, step {step}", **metrics)
         elapsed = time.time() - self.started
         if step < total and elapsed - self.shown < every:
             return
@@ -1551,8 +1537,8 @@ def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) ->
 
 
 def load_saved(run: Run, phase: str) -> Path:
-    """Fill `run.saved` with the stages that are done: those in OUT/run.pt, or else (also without OUT), where a later
-    phase begins, those before it in the trained run that comes with the code. Returns the file. Writes nothing.
+    """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
+    `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
 
     Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs.
     """
@@ -1608,7 +1594,8 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     models[name] = stage.run(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
-    check_finite(name, **numbers(metrics))
+    if not all(math.isfinite(value) for value in numbers(metrics).values()):
+        raise Failure(f"{name}: not a finite number: {numbers(metrics)}; lower the learning rate", 1)
     if name in run.curves:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
@@ -1792,6 +1779,12 @@ def run_command(args, argv) -> int:
     alien = [name for name in WATCH if args.phase != "watch" and getattr(args, name) is not None]
     if alien:
         raise Failure(f"--{alien[0]}: belongs to --phase watch")
+    if args.gif and Path(args.gif).suffix != ".gif":
+        raise Failure(f"--gif {args.gif}: must end in .gif")
+    if args.by_hand and args.code is not None:
+        raise Failure("--code: not with --by_hand, where you choose the codes")
+    if args.phase == "watch" and len(seeds) > 1:
+        raise Failure(f"--seed {args.seed}: --phase watch shows one")
     if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
         raise Failure(f"--code {args.code}: there are {len(envs.WORLDS[config.world].subgoals)}, the first is 0")
     if args.threads:
