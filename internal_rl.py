@@ -835,9 +835,9 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
 # ----------------------------------------------------------------------------------------------------
 
 
-def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
-    """What the encoder makes of a mirrored copy of the episodes: mean and log_std of the proposals, (B, T, Z), and the
-    steps at which there is a new one, (B, T).
+def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
+    """What the encoder makes of a mirrored copy of the episodes: proposals (B, T, Z), drawn from its Gaussians, the
+    steps at which there is a new one (B, T), and the nats that it costs there (B, T).
 
     A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
     code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
@@ -851,8 +851,10 @@ def posterior(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Ep
     rows, at = np.nonzero(entry)
     steps[rows, number[entry]] = at
     residual, _ = base.lower(run.tensor(np.take_along_axis(view, steps[..., None], axis=1)))
-    number = run.tensor(number)[..., None].expand(-1, -1, run.config.code_dim)
-    return *(part.gather(1, number) for part in meta.encode(residual, run.tensor(count))), run.tensor(entry)
+    number, entry = run.tensor(number)[..., None].expand(-1, -1, run.config.code_dim), run.tensor(entry)
+    mean, log_std = (part.gather(1, number) for part in meta.encode(residual, run.tensor(count)))
+    noise = torch.randn(mean.shape, generator=generator, device=run.device)
+    return mean + torch.exp(log_std) * noise, entry, code_kl(mean, log_std) * entry
 
 
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float, blind: bool):
@@ -865,13 +867,12 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-    mean, log_std, entry = posterior(run, base, meta, episodes, rng)
-    noise = torch.randn(mean.shape, generator=generator, device=run.device)
-    code, gate = meta.integrate(residual, mean + torch.exp(log_std) * noise, entry)
+    proposal, entry, kl = propose(run, base, meta, episodes, rng, generator)
+    code, gate = meta.integrate(residual, proposal, entry)
     keep = memory_after(gate, "none" if blind else run.config.memory)
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
-    kl = (code_kl(mean, log_std) * entry).sum(1).mean()
+    kl = kl.sum(1).mean()
     opened = (gate * mask).sum(1).mean() - 1  # the first step is no opening
     loss = nll + charge * (run.config.kl_weight * kl + run.config.gate_price * opened)
     return loss, {"nll": nll.item(), "kl": kl.item(), "gates": opened.item()}
@@ -1118,9 +1119,8 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     found = []
     for part in episodes.chunks():
         residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
-        mean, log_std, entry = posterior(run, base, meta, part, rng)
-        proposal = mean + torch.exp(log_std) * torch.randn(mean.shape, generator=generator, device=run.device)
-        found.append((*meta.integrate(residual, proposal, entry, run.config.threshold), code_kl(mean, log_std)))
+        proposal, entry, kl = propose(run, base, meta, part, rng, generator)
+        found.append((*meta.integrate(residual, proposal, entry, run.config.threshold), kl))
     return [torch.cat(column) for column in zip(*found)]
 
 
