@@ -899,7 +899,7 @@ class AntWorld(World):
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         world = replace(self, spliced=True, limit=self.decisions) if self.decisions else self
-        return world.simulate(world.pretrain, count, rng, world.jumps)[0]
+        return World.episodes(world, count, rng)
 
     def floor(self, episodes: Episodes) -> float:
         """Loss of the best possible predictor: not known here, 0, so that the excess over it is the loss itself."""

@@ -1142,12 +1142,13 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     at, near = run.tensor(adopted), world.tolerance
     named = [code[at & (run.tensor(subgoal) == k)] for k in range(len(world.subgoals))]
     policy = Policy(c).to(run.device)  # its codes are random: it has not learned yet
-    rollouts = []
-    for count, roam in ((c.eval_episodes, True), (4 * c.eval_episodes, False)):
+
+    def random_codes(count: int, roam: bool) -> Result:
         pilot = CodePilot(run, count, meta, PolicyCodes(run, count, policy, generator))
-        batch = world.batch(count, rng, roam)
-        rollouts.append(rollout(run, base, pilot, batch, generator, c.temperature))
-    table = transition_table(world, rollouts[0].visited)
+        return rollout(run, base, pilot, world.batch(count, rng, roam), generator, c.temperature)
+
+    roaming, trials = random_codes(c.eval_episodes, True), random_codes(4 * c.eval_episodes, False)
+    table = transition_table(world, roaming.visited)
     for line in raster(run, base, meta):
         run.say(line)
     metrics = {
@@ -1160,7 +1161,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at]),
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
-        "random_code_success": rollouts[1].reward.mean().item(),
+        "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
     }
     run.say("codes: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
