@@ -43,8 +43,8 @@ def fixed_seed():
 
 
 # Small helpers: fresh generators; the inverse of symlog; expert episodes; the goals of an episode, each once as long
-# as it lasts; a module's parameters, which of them are not as before, which have no gradient; a folder's files; a text;
-# Python in the README
+# as it lasts; a module's parameters, which of them are not as before, which have no gradient; a folder's files; a
+# text; Python in the README
 generators = lambda: (np.random.default_rng(0), torch.Generator().manual_seed(0))
 unsymlog = lambda x: np.sign(x) * np.expm1(np.abs(x))
 expert = lambda count, world=SMALL, **changes: replace(world, **changes).episodes(count, np.random.default_rng(0))
