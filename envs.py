@@ -6,7 +6,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
 
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
-    world.mirrored(obs, rng)        * what the encoder reads instead of the trajectory itself
+    world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself
     world.entries(obs)              * at which steps it reads, and the gate may open
     world.expert_success(count)     of the post-training task
     world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
@@ -152,6 +152,10 @@ class World:
     def expert_success(self, count: int) -> float:
         """The expert's success on solvable post-training layouts."""
         return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
+
+    def permutations(self, count: int, rng) -> np.ndarray:
+        """`count` random permutations of the cells, (count, G*G)."""
+        return rng.permuted(np.tile(np.arange(self.size**2), (count, 1)), axis=1)
 
     def simulate(self, tasks, count: int, rng, jumps: float = 0.0) -> tuple[Episodes, float]:
         """`count` trajectories on random solvable layouts, each up to its last visit -> episodes, success rate."""
@@ -508,10 +512,9 @@ class GridWorld(World):
         p = np.take_along_axis(p, episodes.target[..., None], axis=-1)[..., 0]
         return float(-(np.log(p) * episodes.mask).sum() / len(episodes.mask))
 
-    def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
-        """Each episode turned or reflected by one of the 8 symmetries of the square, (N, T, F)."""
-        table = mirror_table(self.size)
-        return table[rng.integers(len(table), size=(len(obs), 1, 1)), obs]
+    def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
+        """Each episode with its cells exchanged at random, (N, T, F)."""
+        return self.permutations(len(obs), rng)[np.arange(len(obs))[:, None, None], obs]
 
     def entries(self, obs: np.ndarray) -> np.ndarray:
         """All steps, also those that bump into something, (N, T)."""
@@ -528,13 +531,6 @@ def offset_table(size: int) -> np.ndarray:
     dr = row[:, None] - row[None, :] + size - 1
     dc = column[:, None] - column[None, :] + size - 1
     return dr * (2 * size - 1) + dc
-
-
-def mirror_table(size: int) -> np.ndarray:
-    """The 8 symmetries of the square as maps of cells, (8, G*G); symmetry 0 is the identity."""
-    grid = np.arange(size * size).reshape(size, size)
-    turned = [np.rot90(view, k) for view in (grid, grid.T) for k in range(4)]
-    return np.stack([view.reshape(-1) for view in turned])
 
 
 def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
@@ -905,19 +901,23 @@ class AntWorld(World):
         """Loss of the best possible predictor: not known here, 0, so that the excess over it is the loss itself."""
         return 0.0
 
-    def mirrored(self, obs: np.ndarray, rng) -> np.ndarray:
-        """Each episode turned or reflected, (N, T, F). The body is hidden: no code can mean "turn left"."""
-        turns, flips = 1j ** rng.integers(4, size=len(obs))[:, None, None], rng.random((len(obs), 1, 1)) < 0.5
-        plane = slice(self.parts["xy"].start, None)  # pairs x, y, as complex numbers
-        xy = np.ascontiguousarray(obs[..., plane]).view(np.complex64) * turns
-        view = np.zeros_like(obs)
-        view[..., plane] = np.where(flips, xy.conj(), xy).astype(np.complex64).view(np.float32)
+    def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
+        """Each episode with its cells exchanged at random, each thing at the centre of its cell, without a body."""
+        cells = self.permutations(len(obs), rng)[np.arange(len(obs))[:, None, None], self.cells(obs)]
+        places, view = self.centres[cells] / self.half, np.zeros_like(obs)
+        xy, things = places[..., -1, :], places[..., :-1, :]
+        view[..., self.parts["xy"]] = xy
+        view[..., self.parts["things"]] = (things - xy[..., None, :]).reshape(*obs.shape[:-1], -1)
         return view
 
     def entries(self, obs: np.ndarray) -> np.ndarray:
         """Steps that lead into another cell, and the first, (N, T)."""
-        cell = np.floor(self.places(obs)[..., -1, :]).clip(0, self.size - 1)  # off the grid the nearest cell counts
-        return np.append(np.ones((len(obs), 1), bool), (cell[:, 1:] != cell[:, :-1]).any(axis=-1), axis=1)
+        cell = self.cells(obs)[..., -1]
+        return np.append(np.ones((len(obs), 1), bool), cell[:, 1:] != cell[:, :-1], axis=1)
+
+    def cells(self, obs: np.ndarray) -> np.ndarray:
+        """Cell of each colour, each wall and the ant, or the nearest one off the grid, (..., O + W + 1)."""
+        return np.floor(self.places(obs)).clip(0, self.size - 1).astype(int) @ (1, self.size)
 
     def places(self, obs: np.ndarray) -> np.ndarray:
         """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""

@@ -12,9 +12,9 @@ Three phases, in the order of this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: the metacontroller learns to steer the frozen base. It sees the whole episode, future included, but
-       turned or reflected at random ("mirrored").
+       with the cells exchanged at random ("shuffled").
 
-       episode, mirrored -> [encoder] -> proposal z~_t
+       episode, shuffled -> [encoder] -> proposal z~_t
                                              |
        residual e_t -> [gate] beta_t = 1: adopt the proposal, 0: keep the code -> code z_t -> [decoder] -> U_t
                                                                                                             |
@@ -34,7 +34,7 @@ Glossary (B episodes, T steps, F numbers in an observation, D width of the resid
     here              paper    shape        meaning                                                    where
     residual          e_t      (B, T, D)    residual stream of the base after block `control_block`    Eq. 1
     history           h_t      (B, T, H)    GRU over e_1..e_t                                          App. D.2
-    summary           s        (B, S)       embedding of the whole (mirrored) episode                  App. D.2
+    summary           s        (B, S)       embedding of the whole (shuffled) episode                  App. D.2
     mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the code proposal              Eq. 11-18
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
@@ -118,7 +118,7 @@ class Config:
     encoder_hidden: Count = 64  # (paper)
     code_dim: Count = 8  # n_z (paper)
     decoder_hidden: Count = 32  # (paper)
-    mirror: bool = True  # departure: the encoder sees a rotated or reflected copy of the episode
+    shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
     blind_steps: Natural = 0  # first of these steps, in which a base that shall remember a segment has no memory
     discover_steps: Natural = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
@@ -141,7 +141,7 @@ CLASSROOM = Config()
 PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
-    obs_loss=0.01, jumps=0.0, memory="full", mirror=False, blind_steps=0, discover_steps=64_000,
+    obs_loss=0.01, jumps=0.0, memory="full", shuffle=False, blind_steps=0, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
     rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
@@ -469,7 +469,7 @@ def memory_after(gate, memory: str):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them.
 
-    The encoder is non-causal and reads a copy of the episode (`view`: mirrored, entries alone); the gate is causal and
+    The encoder is non-causal and reads a copy of the episode (`view`: shuffled, entries alone); the gate is causal and
     reads the episode itself, every step of it. Each has a history of what it reads, made by one and the same GRU.
     """
 
@@ -482,9 +482,10 @@ class Metacontroller(nn.Module):
             nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
         )
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
-        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.ReLU())
+        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.SiLU())
         self.controller = Controller(c, c.decoder_hidden + 1)
         nn.init.zeros_(self.switch[2].bias)
+        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a proposal is more than noise from the start
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: scaled to root mean square 1, as the blocks see it."""
@@ -836,15 +837,15 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
 
 
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
-    """What the encoder makes of a mirrored copy of the episodes: proposals (B, T, Z), drawn from its Gaussians, the
+    """What the encoder makes of a shuffled copy of the episodes: proposals (B, T, Z), drawn from its Gaussians, the
     steps at which there is a new one (B, T), and the nats that it costs there (B, T).
 
-    A mirrored expert episode is as likely as the episode itself, but its headings and places are different ones: a
-    code read off it can name a colour, not a direction. This is what makes codes mean subgoals.
+    The copy shows what is visited when, but neither headings nor places nor distances: a code read off it can name a
+    colour and nothing else that transfers. This is what makes codes mean subgoals.
 
     The encoder reads an episode entry by entry, so that the pace does not matter. There alone can the gate open.
     """
-    view = run.world.mirrored(episodes.obs, rng) if run.config.mirror else episodes.obs
+    view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
     number, count = entry.cumsum(axis=1) - 1, entry.sum(axis=1)  # the entry that each step belongs to; entries in all
     steps = np.repeat(episodes.lengths[:, None], count.max() + 1, axis=1)  # the last observation closes each episode

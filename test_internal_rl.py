@@ -356,22 +356,16 @@ def test_bayes_predictor_equals_brute_force(world):
     assert world.floor(data) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_mirrors_are_the_symmetries_of_the_square():
-    """8 different maps that keep neighbours neighbours; a mirrored expert trajectory is an expert trajectory. A view
-    has one symmetry for all steps and objects of an episode, and all 8 occur."""
-    table, data = envs.mirror_table(5), expert(8)
-    assert len({tuple(row) for row in table}) == 8 and np.array_equal(table[0], np.arange(25))
-    for mirror in table:
-        assert sorted(mirror) == list(range(25))
-        around = [walk(5, 12, action) for action in range(4)]  # of the centre, which stays in place
-        turned = [around.index(mirror[cell]) for cell in around]  # what the mirror makes of the four moves
-        for i, t in np.argwhere(data.mask):
-            *things, agent = mirror[data.obs[i, t]]
-            assert best_moves(SMALL, things, agent, data.goal[i, t])[turned][data.target[i, t]] > 0
+def test_the_copy_of_a_grid_has_its_cells_shuffled():
+    """One permutation of the cells for all steps and objects of an episode, another for the next; each cell goes
+    everywhere equally often. On the grid every step is an entry."""
     obs = expert(64).obs[:, :4]
-    view = SMALL.mirrored(obs, generators()[0])
-    matches = np.stack([(symmetry[obs] == view).all(axis=(1, 2)) for symmetry in table])  # (8, N)
-    assert (matches.sum(axis=0) == 1).all() and matches.any(axis=1).all() and SMALL.entries(obs).all()
+    view = SMALL.shuffled(obs, generators()[0])
+    for before, after in zip(obs, view):
+        pairs = {*zip(before.ravel().tolist(), after.ravel().tolist())}
+        assert len(pairs) == len({cell for cell, _ in pairs}) == len({cell for _, cell in pairs})
+    counts = np.bincount(SMALL.permutations(2500, generators()[0])[:, 7], minlength=25)
+    assert np.abs(counts - 100).max() < 5 * 10 and SMALL.entries(obs).all()
     assert SMALL.places(np.array([[0, 7, 24]])).tolist() == [[[0.5, 0.5], [2.5, 1.5], [4.5, 4.5]]]
 
 
@@ -541,17 +535,16 @@ def test_recorded_torques_are_the_experts(spliced, monkeypatch):
 
 
 def test_what_the_encoder_reads_of_an_ant():
-    """Each episode is turned or reflected as a whole, all 8 ways occur, the body is hidden. An entry is a step onto
-    another cell than before, as the batch counts cells, off the grid too; the first step is one."""
-    obs, ways = simulated()[0].obs[:, :20], set()
-    view = ANT.mirrored(obs, np.random.default_rng(0))
-    assert view.dtype == np.float32 and not view[..., :27].any()
-    for before, after in zip(obs[..., 27:].reshape(50, 20, 7, 2), view[..., 27:].reshape(50, 20, 7, 2)):
-        kinds = [(s, a, b) for s in (1, -1) for a in (1, -1) for b in (1, -1)]
-        found = [(s, a, b) for s, a, b in kinds if np.allclose(after, before[..., ::s] * (a, b), atol=1e-6)]
-        ways.update(found)
-        assert len(found) == 1
-    assert len(ways) == 8
+    """The copy of an episode has its cells shuffled as a whole, everything at the centre of its cell, the body hidden.
+    An entry is a step onto another cell than before, as the batch counts cells, off the grid too; so is the first."""
+    obs = simulated()[0].obs[:, :20]
+    view = ANT.shuffled(obs, np.random.default_rng(0))
+    assert view.dtype == np.float32 and not view[..., :27].any() and not view[..., 39:].any()
+    for before, after in zip(obs, view):
+        (cell, things), (moved, objects) = ant_cells(before), ant_cells(after)
+        pairs = {*zip([*cell, *things], [*moved, *objects])}
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        assert np.allclose(after[:, 27:29] * 2.5, ANT.centres[moved], atol=1e-5)
     for found, episode in zip(ANT.entries(simulated()[0].obs), simulated()[0].obs):
         assert np.array_equal(found, np.append(True, np.diff(ant_cells(episode)[0]) != 0))
     batch = random_batch(ANT, 200)
@@ -835,7 +828,7 @@ def test_encoder_by_hand():
 
 @pytest.mark.parametrize("blind", [True, False])
 @pytest.mark.parametrize("changes", [
-    {}, {"memory": "full", "mirror": False, "swiglu": False, "relative_obs": False},
+    {}, {"memory": "full", "shuffle": False, "swiglu": False, "relative_obs": False},
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, blind):
@@ -869,7 +862,7 @@ def test_code_kl_is_that_of_gaussians():
 @pytest.mark.parametrize("blind", [True, False])
 def test_discovery_loss_by_hand(name, blind):
     """The loss is the action loss of the steered base plus a share of these two: kl_weight times the KL to N(0, I) of
-    the proposals, read off a mirrored view, and gate_price for each opening but the first, half of it for half a gate.
+    the proposals, read off a shuffled view, and gate_price for each opening but the first, half of it for half a gate.
     The encoder reads the entries and the last observation; the steps up to the next entry share its proposal, which
     is charged once. Blind, the base has no memory at all; afterwards it forgets as far as the gate opens."""
     run = make_run(world=name, memory="segment", kl_weight=0.7, gate_price=0.2)
@@ -883,7 +876,7 @@ def test_discovery_loss_by_hand(name, blind):
     assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     rng, generator = generators()
-    view = base.lower(torch.from_numpy(run.world.mirrored(episodes.obs, rng)))[0]
+    view = base.lower(torch.from_numpy(run.world.shuffled(episodes.obs, rng)))[0]
     noise, kl = torch.randn(*mask.shape, 4, generator=generator), 0.0
     _, proposal, proposed = given[0]
     assert torch.equal(proposed, entry)
@@ -933,7 +926,7 @@ def test_paper_preset_has_the_papers_sizes():
         "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024,
         "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": "full",
     }  # fmt: skip
-    sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "mirror"), False)
+    sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "shuffle"), False)
     assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == c.blind_steps == 0
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
@@ -1328,8 +1321,8 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     "--colour 3", "--pre laptop", "--env maze", "--preset laptop --env ant", "--world small --env ant", "--world ant",
     "--preset huge", "--world large", "--memory some", "--dim 0", "--dim 2", "--dim abc", "--dim 1.5",
     "--dim 8", "--layers -1", "--control_block 9", "--jumps 1.5", "--jumps -0.1", "--jumps nan", "--temperature 0",
-    "--threshold 2", "--mirror maybe", "--heads 5", "--rl_batch 0", "--seed -1", "--seed x", "--seed 1,1", "--seed 0,",
-    "--seed 99999999999999999999", "--threads -1", "--threads 2000", "--threads x", "--device tpu", "--device cuda",
+    "--threshold 2", "--shuffle maybe", "--heads 5", "--rl_batch 0", "--seed -1", "--seed x", "--seed 1,1",
+    "--seed 0,", "--seed 99999999999999999999", "--threads -1", "--threads 2000", "--threads x", "--device tpu", "--device cuda",
     "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--obs_loss -1", "--kl_weight nan",
     "--obs_loss inf", "--init_scale 0", "--eval_episodes 2", "--eval_episodes 9999999999999", "--phase rl",
     "--fps 3", "--code 1", "--gif x.gif", "--by_hand", "--watch_episodes 2", "--code 4 --phase watch",
