@@ -158,8 +158,8 @@ PRESETS = {
     "ant": {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_lr=2e-3, free_steps=700,
-            kl_weight=0.3, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=5000,
+            discover_lr=2e-3, free_steps=2000, kl_weight=1.0, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
