@@ -153,9 +153,10 @@ class World:
         """The expert's success on solvable post-training layouts."""
         return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
 
-    def permutations(self, count: int, rng) -> np.ndarray:
-        """`count` random permutations of the cells, (count, G*G)."""
-        return rng.permuted(np.tile(np.arange(self.size**2), (count, 1)), axis=1)
+    def exchanged(self, cells: np.ndarray, rng) -> np.ndarray:
+        """The cells (N, T, K) after a random permutation of the grid's cells, another one for each of N episodes."""
+        tables = rng.permuted(np.tile(np.arange(self.size**2), (len(cells), 1)), axis=1)
+        return tables[np.arange(len(cells))[:, None, None], cells]
 
     def simulate(self, tasks, count: int, rng, jumps: float = 0.0) -> tuple[Episodes, float]:
         """`count` trajectories on random solvable layouts, each up to its last visit -> episodes, success rate."""
@@ -514,7 +515,7 @@ class GridWorld(World):
 
     def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
         """Each episode with its cells exchanged at random, (N, T, F)."""
-        return self.permutations(len(obs), rng)[np.arange(len(obs))[:, None, None], obs]
+        return self.exchanged(obs, rng)
 
     def entries(self, obs: np.ndarray) -> np.ndarray:
         """All steps, also those that bump into something, (N, T)."""
@@ -903,8 +904,7 @@ class AntWorld(World):
 
     def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
         """Each episode with its cells exchanged at random, each thing at the centre of its cell, without a body."""
-        cells = self.permutations(len(obs), rng)[np.arange(len(obs))[:, None, None], self.cells(obs)]
-        places, view = self.centres[cells] / self.half, np.zeros_like(obs)
+        places, view = self.centres[self.exchanged(self.cells(obs), rng)] / self.half, np.zeros_like(obs)
         xy, things = places[..., -1, :], places[..., :-1, :]
         view[..., self.parts["xy"]] = xy
         view[..., self.parts["things"]] = (things - xy[..., None, :]).reshape(*obs.shape[:-1], -1)

@@ -364,7 +364,7 @@ def test_the_copy_of_a_grid_has_its_cells_shuffled():
     for before, after in zip(obs, view):
         pairs = {*zip(before.ravel().tolist(), after.ravel().tolist())}
         assert len(pairs) == len({cell for cell, _ in pairs}) == len({cell for _, cell in pairs})
-    counts = np.bincount(SMALL.permutations(2500, generators()[0])[:, 7], minlength=25)
+    counts = np.bincount(SMALL.exchanged(np.full((2500, 1, 1), 7), generators()[0]).ravel(), minlength=25)
     assert np.abs(counts - 100).max() < 5 * 10 and SMALL.entries(obs).all()
     assert SMALL.places(np.array([[0, 7, 24]])).tolist() == [[[0.5, 0.5], [2.5, 1.5], [4.5, 4.5]]]
 
@@ -867,13 +867,14 @@ def test_discovery_loss_by_hand(name, blind):
     is charged once. Blind, the base has no memory at all; afterwards it forgets as far as the gate opens."""
     run = make_run(world=name, memory="segment", kl_weight=0.7, gate_price=0.2)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
+    meta.switch[2].bias.data += 3  # also ants, which seldom enter a cell, open the gate now and then
     upper, integrate, keeps, given, found = base.upper, meta.integrate, [], [], []
     base.upper = lambda x, keep, state=None: keeps.append(keep) or upper(x, keep, state)
     meta.integrate = lambda *a, **k: given.append(a) or found.append(integrate(*a, **k)) or found[-1]
     result = ir.discovery_loss(run, base, meta, episodes, *generators(), 0.3, blind)
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask = found[0], torch.from_numpy(episodes.mask)
-    assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.005 < gate[:, 1:].mean() < 0.9
+    assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     rng, generator = generators()
     view = base.lower(torch.from_numpy(run.world.shuffled(episodes.obs, rng)))[0]
