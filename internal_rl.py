@@ -119,7 +119,6 @@ class Config:
     code_dim: Count = 8  # n_z (paper)
     decoder_hidden: Count = 32  # (paper)
     shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
-    blind_steps: Natural = 0  # first of these steps, in which a base that shall remember a segment has no memory
     discover_steps: Natural = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     free_steps: Natural = 250  # departure: in so many steps KL and openings cost nothing, in as many again ever more
@@ -141,7 +140,7 @@ CLASSROOM = Config()
 PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
-    obs_loss=0.01, jumps=0.0, memory="full", shuffle=False, blind_steps=0, discover_steps=64_000,
+    obs_loss=0.01, jumps=0.0, memory="full", shuffle=False, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
     rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
@@ -150,8 +149,8 @@ PRESETS = {
         "classroom": CLASSROOM,
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
-            pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, blind_steps=1800, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free_steps=600, rl_episodes=200_000, rl_batch=4096,
+            pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
+            discover_lr=3e-3, free_steps=900, rl_episodes=200_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
@@ -170,7 +169,7 @@ PRESETS = {
 }  # fmt: skip
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "blind_steps": 10, "free_steps": 5,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "free_steps": 5,
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 
@@ -858,19 +857,19 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     return mean + torch.exp(log_std) * noise, entry, code_kl(mean, log_std) * entry
 
 
-def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float, blind: bool):
+def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     An opening of the gate has a price of its own. A proposal like the prior costs no KL, so the gate could stay half
-    open for free and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged yet.
-    Gradients flow through the frozen upper blocks. blind: the base has no memory at all, so that the code must say
-    everything. After it the base remembers what it will remember in phase 3.
+    open for free and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged yet. Until
+    it is 1, the base has no memory at all, so that the code must say everything; from then on it remembers what it
+    will remember in phase 3. Gradients flow through the frozen upper blocks.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
     proposal, entry, kl = propose(run, base, meta, episodes, rng, generator)
     code, gate = meta.integrate(residual, proposal, entry)
-    keep = memory_after(gate, "none" if blind else run.config.memory)
+    keep = memory_after(gate, "none" if charge < 1 else run.config.memory)
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()
@@ -888,7 +887,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     steppers = scheduled(c, optimiser, c.discover_steps)
     for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
         charge = min(1.0, max(0, step - c.free_steps) / max(1, c.free_steps))
-        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge, step <= c.blind_steps)
+        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge)
         update(meta, loss / 10, *steppers)
         if step % 50 == 0 or step == c.discover_steps:
             run.log(step, c.discover_steps, "steps", **stats)

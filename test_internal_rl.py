@@ -703,7 +703,7 @@ def test_padding_changes_no_loss(name):
         features = torch.randn(*episodes.mask.shape, 16)
         assert not ir.action_nll(run, base, features, episodes)[~torch.from_numpy(episodes.mask)].any()
         found = [ir.pretrain_loss(run, base, episodes)]
-        found += [ir.discovery_loss(run, base, meta, episodes, *generators(), 0.1, blind) for blind in (True, False)]
+        found += [ir.discovery_loss(run, base, meta, episodes, *generators(), charge) for charge in (0.1, 1.0)]
         losses.append([loss.item() for loss, _ in found] + [value for _, stats in found for value in stats.values()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
 
@@ -826,25 +826,25 @@ def test_encoder_by_hand():
         assert torch.equal(before[:, :5], after[:, :5]) and not torch.equal(before[:, 5:], after[:, 5:])
 
 
-@pytest.mark.parametrize("blind", [True, False])
+@pytest.mark.parametrize("charge", [0.0, 1.0])
 @pytest.mark.parametrize("changes", [
     {}, {"memory": "full", "shuffle": False, "swiglu": False, "relative_obs": False},
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
-def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, blind):
-    """The action loss alone (no KL) gives every metacontroller parameter a gradient through the frozen base, which
+def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, charge):
+    """The action loss alone (KL and openings are free) gives every metacontroller parameter a gradient through the frozen base, which
     gets none and is the same to the last bit after an update. Where the code does nothing yet, a gradient reaches the
     gate through the base's memory alone, if it has a memory of the segment."""
-    run, rng = make_run(**changes), generators()[0]
+    run, rng = make_run(**changes, kl_weight=0.0, gate_price=0.0), generators()[0]
     base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config)
     episodes = run.world.episodes(12, rng)
-    ir.discovery_loss(run, base, meta, episodes, *generators(), 0.0, blind)[0].backward()
-    assert (meta.switch[2].bias.grad.abs().item() > 1e-6) == (run.config.memory == "segment" and not blind)
+    ir.discovery_loss(run, base, meta, episodes, *generators(), charge)[0].backward()
+    assert (meta.switch[2].bias.grad.abs().item() > 1e-6) == (run.config.memory == "segment" and charge == 1)
     wake(meta.controller)  # what it writes starts at zero, and without control no gradient gets past it
     before = copy_of(base), copy_of(meta)
-    ir.discovery_loss(run, base, meta, episodes, *generators(), 0.0, blind)[0].backward()
+    ir.discovery_loss(run, base, meta, episodes, *generators(), charge)[0].backward()
     assert without_gradient(meta) == set() and all(p.grad is None for p in base.parameters())
-    loss, _ = ir.discovery_loss(run, base, meta, episodes, *generators(), 0.1, blind)
+    loss, _ = ir.discovery_loss(run, base, meta, episodes, *generators(), charge)
     ir.update(meta, loss, torch.optim.Adam(meta.parameters(), 1e-2))
     assert changed(base, before[0]) == set() and changed(meta, before[1]) == {*before[1]}
 
@@ -859,22 +859,22 @@ def test_code_kl_is_that_of_gaussians():
 
 
 @BOTH
-@pytest.mark.parametrize("blind", [True, False])
-def test_discovery_loss_by_hand(name, blind):
+@pytest.mark.parametrize("charge", [0.3, 1.0])
+def test_discovery_loss_by_hand(name, charge):
     """The loss is the action loss of the steered base plus a share of these two: kl_weight times the KL to N(0, I) of
     the proposals, read off a shuffled view, and gate_price for each opening but the first, half of it for half a gate.
     The encoder reads the entries and the last observation; the steps up to the next entry share its proposal, which
-    is charged once. Blind, the base has no memory at all; afterwards it forgets as far as the gate opens."""
+    is charged once. Until all is charged the base has no memory at all; then it forgets as far as the gate opens."""
     run = make_run(world=name, memory="segment", kl_weight=0.7, gate_price=0.2)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
     meta.switch[2].bias.data += 3  # also ants, which seldom enter a cell, open the gate now and then
     upper, integrate, keeps, given, found = base.upper, meta.integrate, [], [], []
     base.upper = lambda x, keep, state=None: keeps.append(keep) or upper(x, keep, state)
     meta.integrate = lambda *a, **k: given.append(a) or found.append(integrate(*a, **k)) or found[-1]
-    result = ir.discovery_loss(run, base, meta, episodes, *generators(), 0.3, blind)
+    result = ir.discovery_loss(run, base, meta, episodes, *generators(), charge)
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask = found[0], torch.from_numpy(episodes.mask)
-    assert (keeps[0] is None if blind else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
+    assert (keeps[0] is None if charge < 1 else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     rng, generator = generators()
     view = base.lower(torch.from_numpy(run.world.shuffled(episodes.obs, rng)))[0]
@@ -893,16 +893,16 @@ def test_discovery_loss_by_hand(name, blind):
     nll = -base.head.log_prob(base.head(upper(controlled, keeps[0])[0]), torch.from_numpy(episodes.target))
     expected = {"nll": (nll * mask).sum().item() / 12, "kl": kl, "gates": (gate * mask).sum().item() / 12 - 1}
     assert stats == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(expected["nll"] + 0.3 * (0.7 * kl + price), rel=1e-4)
+    assert loss.item() == pytest.approx(expected["nll"] + charge * (0.7 * kl + price), rel=1e-4)
 
 
 def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
     """Each phase returns a model that has learned and is frozen, and leaves the models that it was given as they were:
-    raw-action RL trains a copy of the base. The first blind_steps of discovery are blind; KL and price of openings
-    are not charged for free_steps steps, then ever more during as many."""
-    steps = {"discover_steps": 5, "blind_steps": 3, "free_steps": 2, "kl_weight": 0.2, "rl_batch": 64}
+    raw-action RL trains a copy of the base. KL and price of openings are not charged for the first free_steps
+    steps of discovery, then ever more during as many."""
+    steps = {"discover_steps": 5, "free_steps": 2, "kl_weight": 0.2, "rl_batch": 64}
     run, seen, loss = make_run(**(SHORT | steps), rl_episodes=128), [], ir.discovery_loss
-    monkeypatch.setattr(ir, "discovery_loss", lambda *a: seen.append(a[-2:]) or loss(*a))
+    monkeypatch.setattr(ir, "discovery_loss", lambda *a: seen.append(a[-1]) or loss(*a))
     run.world, models = replace(run.world, post=(0,), limit=20), {}  # easy enough for chance
     for name, stage in ir.STAGES.items():
         before = {other: copy_of(model) for other, model in models.items()}
@@ -913,8 +913,7 @@ def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
         start = models["pretrain"] if name == "raw" else stage.build(run.config)  # the same seed: the same weights
         assert changed(models[name], copy_of(start))
         assert name not in ("rl", "raw") or 0 < run.curves[name][0][1] < 1
-    charges, blind = zip(*seen)
-    assert blind == (True, True, True, False, False) and np.allclose(charges, [0, 0, 0.5, 1, 1])
+    assert np.allclose(seen, [0, 0, 0.5, 1, 1])
 
 
 def test_paper_preset_has_the_papers_sizes():
@@ -928,7 +927,7 @@ def test_paper_preset_has_the_papers_sizes():
         "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": "full",
     }  # fmt: skip
     sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "shuffle"), False)
-    assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == c.blind_steps == 0
+    assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == 0
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
     assert sum(p.numel() for p in base.parameters()) == 637 * 256 + 6 * block + 256 + 257 * 4 + 257 * 49 == 3_326_517
