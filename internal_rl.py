@@ -128,11 +128,12 @@ class Config:
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
-    rl_episodes: Natural = 100_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Natural = 60_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes per update (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
-    rl_epochs: Count = 4  # passes over a batch
+    rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
+    rl_clip: Chance = 0.5  # how far an update may change a decision's probability, as a share (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
@@ -142,7 +143,7 @@ PAPER = replace(
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
     obs_loss=0.01, jumps=0.0, memory="full", shuffle=False, discover_steps=64_000,
     discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, policy_dim=256, raw_lr=3e-5,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, policy_dim=256, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
@@ -157,8 +158,8 @@ PRESETS = {
     "ant": {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=5000,
-            discover_lr=2e-3, free_steps=2000, kl_weight=1.0, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=7000,
+            discover_lr=2e-3, free_steps=3000, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
@@ -1016,7 +1017,7 @@ def terminal_advantage(reward):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
 
 
-def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float = 0.2):
+def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N,) -> scalar."""
     ratio = torch.exp((log_prob - old_log_prob) * mask)
     advantage = advantage[:, None]
@@ -1028,7 +1029,8 @@ def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch.
+    the baseline. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch;
+    its bound is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
     rng, generator = run.start(phase)
@@ -1046,7 +1048,7 @@ def reinforce(run: Run, phase: str, learner) -> None:
             for index in order.chunk(c.rl_minibatches):
                 longest = int(batch.mask[index].sum(1).max())
                 inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask)
+                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
                 update(learner.model, loss, learner.optimiser)
         # log
         run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
@@ -1500,7 +1502,7 @@ STAGES = {
     "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
     "steer": Stage("pretrain", ("pretrain",), "steer_lr", steer, Labels, measure_labels),
     "discover": Stage("discover", ("pretrain",), "threshold", discover, Metacontroller, measure_codes),
-    "rl": Stage("rl", ("pretrain", "discover"), "rl_minibatches", internal_rl, Policy, measure_policy),
+    "rl": Stage("rl", ("pretrain", "discover"), "rl_clip", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
 NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
