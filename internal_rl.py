@@ -133,6 +133,7 @@ class Config:
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
+    rl_kl_weight: Weight = 0.0  # departure of the ant: price of the policy's KL to the codes' prior, N(0, I)
     rl_clip: Chance = 0.5  # how far an update may change a decision's probability, as a share (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
@@ -159,7 +160,8 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=7000,
-            discover_lr=2e-3, free_steps=3000, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
+            discover_lr=2e-3, free_steps=3000, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3,
+            rl_kl_weight=0.02, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
@@ -979,9 +981,10 @@ class InternalLearner:
         result = rollout(self.run, self.base, pilot, batch, generator, self.run.config.temperature)
         return Decisions(*codes.tables, result.reward), result.reward.mean().item()
 
-    def log_prob(self, inputs, chosen):
+    def assess(self, inputs, chosen):
+        """Log-probabilities of the decisions, and the policy's KL to the codes' prior at each: (N, K), (N, K)."""
         mean, log_std, _ = self.model(inputs)
-        return gaussian_log_prob(chosen, mean, log_std)
+        return gaussian_log_prob(chosen, mean, log_std), code_kl(mean, log_std)
 
 
 class RawLearner:
@@ -1008,8 +1011,10 @@ class RawLearner:
         kept[dropped] = False
         return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
 
-    def log_prob(self, inputs, chosen):
-        return self.model.head.log_prob(self.model(inputs), chosen)
+    def assess(self, inputs, chosen):
+        """Log-probabilities of the actions (N, K); there is no prior to stay close to."""
+        log_prob = self.model.head.log_prob(self.model(inputs), chosen)
+        return log_prob, torch.zeros_like(log_prob)
 
 
 def terminal_advantage(reward):
@@ -1029,7 +1034,8 @@ def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus; 3. the clipped ratio stays, as it allows several passes over a batch;
+    the baseline. 2. no entropy bonus, but for the ant a price on leaving the codes' prior: few successes would narrow
+    the policy before it is where it should be; 3. the clipped ratio stays, as it allows several passes over a batch;
     its bound is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
@@ -1048,7 +1054,9 @@ def reinforce(run: Run, phase: str, learner) -> None:
             for index in order.chunk(c.rl_minibatches):
                 longest = int(batch.mask[index].sum(1).max())
                 inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
+                log_prob, kl = learner.assess(inputs, chosen)
+                loss = policy_loss(log_prob, old, advantage[index], mask, c.rl_clip)
+                loss = loss + c.rl_kl_weight * (kl * mask).sum() / mask.sum()
                 update(learner.model, loss, learner.optimiser)
         # log
         run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())

@@ -1011,11 +1011,11 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(name, most, monk
     batch = ir.Decisions(*codes.tables, result.reward)
     assert np.array_equal(batch.mask.sum(1).numpy(), result.switched.sum(axis=1).clip(max=most))
     assert batch.mask.shape[1] <= most and batch.log_prob.std() > 0.1
-    log_prob = ir.InternalLearner(run, base, meta, policy).log_prob(batch.inputs, batch.chosen)
+    log_prob, _ = ir.InternalLearner(run, base, meta, policy).assess(batch.inputs, batch.chosen)
     assert torch.allclose(log_prob * batch.mask, batch.log_prob, atol=1e-3)
     raw = ir.RawLearner(run, base.requires_grad_(True))
     batch, _ = raw.collect(16, *generators())
-    log_prob = raw.log_prob(batch.inputs, batch.chosen)
+    log_prob, _ = raw.assess(batch.inputs, batch.chosen)
     assert torch.allclose(log_prob * batch.mask, batch.log_prob, atol=1e-3) and batch.log_prob.min() < -0.5
 
 
@@ -1121,7 +1121,7 @@ def bandit(run, policy, pays=1.0):
         log_prob, reward = ir.gaussian_log_prob(code, mean, log_std), (code[:, 0, 0] > pays).float()
         return ir.Decisions(inputs, code, log_prob, torch.ones(count, 2), reward), reward.mean().item()
 
-    return Mock(model=policy, optimiser=inner.optimiser, collect=collect, log_prob=inner.log_prob)
+    return Mock(model=policy, optimiser=inner.optimiser, collect=collect, assess=inner.assess)
 
 
 def test_rewarded_code_becomes_likelier():
@@ -1135,6 +1135,17 @@ def test_rewarded_code_becomes_likelier():
     before = copy_of(policy)
     ir.reinforce(run, "raw", bandit(run, policy, math.inf))
     assert changed(policy, before) == set() and run.curves["raw"][-1] == (6400, 0)
+
+
+def test_a_dear_kl_keeps_the_policy_at_the_codes_prior():
+    """On the same bandit the policy leaves N(0, I) by more than a nat for free, and hardly at a price of 10."""
+    left = []
+    for price in (0.0, 10.0):
+        run = make_run(rl_batch=256, rl_episodes=256 * 25, rl_lr=1e-2, rl_kl_weight=price)
+        policy = ir.Policy(run.config)
+        ir.reinforce(run, "rl", bandit(run, policy))
+        left.append(ir.code_kl(*policy(torch.ones(1, 1, 16))[:2]).item())
+    assert left[0] > 1 > 0.1 > left[1]
 
 
 # ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
@@ -1361,7 +1372,7 @@ def test_reinforcement_that_diverges_fails_clearly(name):
     """A policy loss that is no number, and action probabilities that are none, are failed runs too."""
     run, base, _, policy = make_players(name, rl_batch=64, rl_episodes=64)
     learner = bandit(run, policy)
-    learner.log_prob = lambda inputs, chosen: math.nan * policy(inputs)[0].sum(-1)
+    learner.assess = lambda inputs, chosen: [math.nan * policy(inputs)[0].sum(-1)] * 2
     base.head.weight.fill_(math.nan)
     for call in (lambda: ir.reinforce(run, "rl", learner), lambda: ir.RawLearner(run, base).collect(8, *generators())):
         with pytest.raises(ir.Failure) as failure:
