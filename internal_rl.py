@@ -141,10 +141,10 @@ class Config:
 CLASSROOM = Config()
 PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
-    control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4, fast_optimiser=False,
-    obs_loss=0.01, jumps=0.0, memory="full", shuffle=False, discover_steps=64_000,
-    discover_batch=512, discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, policy_dim=256, raw_lr=3e-5,
+    control_block=3, memory="full", pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
+    fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
+    discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0, policy_dim=256,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {

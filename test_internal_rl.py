@@ -832,9 +832,9 @@ def test_encoder_by_hand():
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, charge):
-    """The action loss alone (KL and openings are free) gives every metacontroller parameter a gradient through the frozen base, which
-    gets none and is the same to the last bit after an update. Where the code does nothing yet, a gradient reaches the
-    gate through the base's memory alone, if it has a memory of the segment."""
+    """The action loss alone (no KL, no price) gives every metacontroller parameter a gradient through the frozen base,
+    which gets none and is the same to the last bit after an update. Where the code does nothing yet, a gradient
+    reaches the gate through the base's memory alone, if it has a memory of the segment."""
     run, rng = make_run(**changes, kl_weight=0.0, gate_price=0.0), generators()[0]
     base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config)
     episodes = run.world.episodes(12, rng)
