@@ -133,7 +133,7 @@ class Config:
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
-    rl_kl_weight: Weight = 0.0  # departure of the ant: price of the policy's KL to the codes' prior, N(0, I)
+    rl_kl_weight: Weight = 0.0  # departure: price of the policy's KL to the codes' prior, N(0, I)
     rl_clip: Chance = 0.5  # how far an update may change a decision's probability, as a share (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
@@ -1034,9 +1034,9 @@ def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus, but for the ant a price on leaving the codes' prior: few successes would narrow
-    the policy before it is where it should be; 3. the clipped ratio stays, as it allows several passes over a batch;
-    its bound is wide, since the few successes of the first batches shall move the policy far.
+    the baseline. 2. no entropy bonus, but where it is set a price on leaving the codes' prior: few successes can
+    narrow the policy before it is where it should be. 3. the clipped ratio stays, as it allows several passes over a
+    batch; its bound is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
     rng, generator = run.start(phase)
@@ -1048,7 +1048,7 @@ def reinforce(run: Run, phase: str, learner) -> None:
         curve.append((episodes, success))
         # advantage
         advantage = terminal_advantage(batch.reward)
-        # update: without a single success every advantage, hence the gradient, is exactly zero
+        # update: without a single success every advantage is exactly zero, and there is nothing to learn from
         for _ in range(c.rl_epochs if advantage.any() else 0):
             order = torch.randperm(len(advantage), generator=generator, device=run.device)
             for index in order.chunk(c.rl_minibatches):
