@@ -11,8 +11,8 @@ Three phases, in the order of this file:
 
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
-    2. discover: the metacontroller learns to steer the frozen base. It sees the whole episode, future included, but
-       with the cells exchanged at random ("shuffled").
+    2. discover: the metacontroller learns to steer the frozen base. Its encoder sees the whole episode, future
+       included, but with the cells exchanged at random ("shuffled"). Its gate sees the real past.
 
        episode, shuffled -> [encoder] -> proposal z~_t
                                              |
@@ -104,7 +104,7 @@ class Config:
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for what Muon does not train (paper: 3e-4)
-    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates fall along a cosine, here and later
+    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates fall along a cosine, until RL
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump; up to half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
@@ -121,7 +121,7 @@ class Config:
     shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
-    free_steps: Natural = 250  # departure: in so many steps KL and openings cost nothing, in as many again ever more
+    free_steps: Natural = 250  # departure: so long KL and openings cost nothing, then for as long ever more
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
@@ -129,12 +129,12 @@ class Config:
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
     rl_episodes: Natural = 60_000  # (paper: up to 100,000 x 1024)
-    rl_batch: Count = 1024  # episodes per update (paper)
+    rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
     rl_kl_weight: Weight = 0.0  # departure: price of the policy's KL to the codes' prior, N(0, I)
-    rl_clip: Chance = 0.5  # how far an update may change a decision's probability, as a share (PPO's usual: 0.2)
+    rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
@@ -225,7 +225,7 @@ class AttentionMixer(nn.Module):
         distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
         reached = log_kept[:, S - T :, None] - log_kept[:, None]
         bias = self.bias[:, self.bucket(distance.clamp_min(0))] + reached[:, None]
-        bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, H, T, S)
+        bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, heads, T, keys)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
 
@@ -422,10 +422,14 @@ class BaseModel(nn.Module):
         x, state = self._run(self.blocks[self.control_block :], residual, keep, state)
         return self.norm(x), state
 
-    def forward(self, obs):
-        """What the head says of each action, (B, T, 4 or 8), of the model left alone, with all its memory."""
+    def features(self, obs):
+        """Features (B, T, D) of the model left alone, with all its memory."""
         residual, _ = self.lower(obs)
-        return self.head(self.upper(residual, torch.ones_like(residual[..., 0]))[0])
+        return self.upper(residual, torch.ones_like(residual[..., 0]))[0]
+
+    def forward(self, obs):
+        """What the head says of the action at each step, (B, T, 4 or 8)."""
+        return self.head(self.features(obs))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -434,15 +438,15 @@ class BaseModel(nn.Module):
 # It steers the frozen base. A code says in a few numbers what the base shall do; a decoder turns the code into a
 # controller, a matrix U that is applied to the residual stream. A code is held until a gate opens and a new one is
 # adopted. While the metacontroller learns, codes come from an encoder that sees the whole episode, future included. It
-# proposes one at each *entry*: on the grid every step, for the ant each step that leads into another cell.
+# proposes one at each *entry*: on the grid every step, for the ant the first, and each that leads into another cell.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Controller(nn.Module):
     """Linear control of the residual stream: e^ = e + U e, where U = out^T inn has rank R.
 
-    Both factors are weighted sums over K controllers: out = sum_k weight_k out_k, and inn alike. They meet the
-    residual one after the other, so that no step needs factors of its own, let alone a D x D matrix.
+    Both factors are weighted sums over K controllers: out = sum_k weight_k out_k, and inn alike. The residual is
+    multiplied by inn first, then by out, so that no D x D matrix is ever built.
     """
 
     def __init__(self, c: Config, K: int):
@@ -490,7 +494,7 @@ class Metacontroller(nn.Module):
         self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a proposal is more than noise from the start
 
     def read(self, residual):
-        """The residual stream as the metacontroller sees it: scaled to root mean square 1, as the blocks see it."""
+        """The residual stream as the metacontroller sees it: scaled to root mean square 1."""
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, view, count):
@@ -624,7 +628,7 @@ def pretrain_optimisers(c: Config, base: BaseModel) -> list:
 def update(model: nn.Module, loss, *steppers) -> None:
     """One gradient step of `model`, its gradient's norm clipped to 1, by optimisers and schedulers.
 
-    Callers divide their loss by about the length of an episode, to bring the gradient near that norm.
+    Callers whose loss is a sum over steps divide it by about their number, to bring the gradient near that norm.
     """
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
@@ -638,15 +642,15 @@ def update(model: nn.Module, loss, *steppers) -> None:
 # Phase 1: pretrain the base model (paper: App. C.1)
 #
 # In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. To do so
-# it has to work out from the moves so far which goal is pursued, and how one gets there: this is what phase 2 uses.
+# it has to work out from the moves so far which goal is pursued, and how one gets there. Phase 2 uses the second: there
+# the code says which goal, and the base does not remember earlier moves, which would say the same (`memory`).
 # ----------------------------------------------------------------------------------------------------
 
 
 def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
     """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
     obs, mask = run.tensor(episodes.obs), run.tensor(episodes.mask)
-    residual, _ = base.lower(obs[:, :-1])
-    features, _ = base.upper(residual, torch.ones_like(residual[..., 0]))
+    features = base.features(obs[:, :-1])
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     if not run.config.obs_loss:
         return nll, {"nll": nll.item()}
@@ -863,10 +867,11 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    An opening of the gate has a price of its own. A proposal like the prior costs no KL, so the gate could stay half
-    open for free and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged yet. Until
-    it is 1, the base has no memory at all, so that the code must say everything; from then on it remembers what it
-    will remember in phase 3. Gradients flow through the frozen upper blocks.
+    The KL is that of every proposal, adopted or not: it pays to propose something only where the gate will open. An
+    opening has a price of its own. A proposal like the prior costs no KL, so the gate could stay half open for free
+    and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged. While it is below 1, the
+    steered blocks have no memory, so that the code must say everything; from then on they remember what they will
+    remember in phase 3. Gradients flow through the frozen upper blocks.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
@@ -891,7 +896,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
         charge = min(1.0, max(0, step - c.free_steps) / max(1, c.free_steps))
         loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge)
-        update(meta, loss / 10, *steppers)
+        update(meta, loss / 10, *steppers)  # about the steps of an episode
         if step % 50 == 0 or step == c.discover_steps:
             run.log(step, c.discover_steps, "steps", **stats)
     return meta.requires_grad_(False)
@@ -902,7 +907,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 #
 # In: the frozen base and metacontroller. Out: a policy that chooses codes. An episode of a hundred steps is only a few
 # decisions for it, one for each opening of the gate: this is contracted time. Codes already do sensible things, so
-# random ones solve the task now and then (on the grid one episode in ten thousand): there is something to learn from.
+# random ones solve the task now and then (one episode in some thousands): there is something to learn from.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -936,7 +941,7 @@ class Decisions(NamedTuple):
 
 
 class PolicyCodes:
-    """Codes sampled from the policy, remembered with their log-probabilities: one entry per switch, no more.
+    """Codes sampled from the policy, remembered with their log-probabilities: one row per switch, no more.
 
     Decision k of an episode is its k-th switch. Only the first 12 are remembered: an agent that walks in circles may
     switch at every step. Without `sample` codes are the means of the policy, to evaluate it.
@@ -960,8 +965,8 @@ class PolicyCodes:
         code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
         k = self.count[rows]
         kept = k < self.MOST
-        entry = residual, code, gaussian_log_prob(code, mean, log_std), torch.ones_like(mean[:, 0])
-        for table, value in zip(self.tables, entry):
+        decision = residual, code, gaussian_log_prob(code, mean, log_std), torch.ones_like(mean[:, 0])
+        for table, value in zip(self.tables, decision):
             table[rows[kept], k[kept]] = value[kept]
         self.count[rows] += 1
         return code
@@ -990,9 +995,9 @@ class InternalLearner:
 class RawLearner:
     """The baseline: the same objective fine-tunes the base itself; a decision is a raw action.
 
-    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. In
-    expectation this gives the gradient of the whole batch times a constant: in either, the advantages of the failures
-    add up to minus those of the successes.
+    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. On
+    average over the draws the advantages are those of the whole batch times a constant: in either, the advantages of
+    the failures add up to minus those of the successes.
     """
 
     FAILURES = 16
@@ -1005,10 +1010,9 @@ class RawLearner:
         result = rollout(self.run, self.model, Pilot(), self.run.world.batch(count, rng), generator, record=True)
         mask = self.run.tensor(result.mask).float()
         batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
-        failed = torch.nonzero(batch.reward == 0)[:, 0]
-        dropped = failed[torch.randperm(len(failed), generator=generator, device=failed.device)[self.FAILURES :]]
-        kept = torch.ones_like(batch.reward, dtype=torch.bool)
-        kept[dropped] = False
+        kept = batch.reward > 0
+        failed = torch.nonzero(~kept)[:, 0]
+        kept[failed[torch.randperm(len(failed), generator=generator, device=failed.device)[: self.FAILURES]]] = True
         return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
 
     def assess(self, inputs, chosen):
@@ -1024,7 +1028,7 @@ def terminal_advantage(reward):
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N,) -> scalar."""
-    ratio = torch.exp((log_prob - old_log_prob) * mask)
+    ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return -(gain * mask).sum() / mask.sum()
@@ -1034,9 +1038,9 @@ def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus, but where it is set a price on leaving the codes' prior: few successes can
-    narrow the policy before it is where it should be. 3. the clipped ratio stays, as it allows several passes over a
-    batch; its bound is wide, since the few successes of the first batches shall move the policy far.
+    the baseline. 2. no entropy bonus. Where `rl_kl_weight` is set, leaving the codes' prior has a price: few
+    successes may narrow the policy before its means are right. 3. the clipped ratio stays, as it allows several passes
+    over a batch; its bound is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
     rng, generator = run.start(phase)
@@ -1064,7 +1068,7 @@ def reinforce(run: Run, phase: str, learner) -> None:
 
 def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
     """Phase 3: train a policy over codes."""
-    run.start("rl")
+    run.start("rl")  # its seed decides the first weights
     policy = Policy(run.config).to(run.device)
     reinforce(run, "rl", InternalLearner(run, base, meta, policy))
     return policy.requires_grad_(False)
@@ -1093,8 +1097,7 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
     for part in episodes.chunks():
-        log_prob = base.head.log_prob(base(run.tensor(part.obs[:, :-1])), run.tensor(part.target))
-        total -= (log_prob * run.tensor(part.mask)).sum().item()
+        total += action_nll(run, base, base.features(run.tensor(part.obs[:, :-1])), part).sum().item()
     excess = total / count - run.world.floor(episodes)
     rng, generator = run.start("evaluate")
     reach = rollout(run, base, Pilot(), run.world.batch(count, rng), generator)
@@ -1438,7 +1441,7 @@ class Failure(Exception):
         self.status = status
 
 
-# Offsets that keep the random streams of the phases apart: phase k depends on (config, seed, phase k-1) alone.
+# Offsets that keep random streams apart: a stage depends on (config, seed, the stages that it needs) alone.
 STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8}
 
 
