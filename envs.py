@@ -6,7 +6,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
 
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
-    world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself
+    world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (here: if obs is cells)
     world.entries(obs)              * at which steps it reads, and the gate may open
     world.expert_success(count)     of the post-training task
     world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
@@ -132,9 +132,9 @@ class World:
     def scattered(self, count: int, rng) -> Batch:
         """`count` episodes on one layout, each from any free cell; visits end nothing."""
         layout, tasks, _ = solvable_layouts(self, [self.post], 1, rng)
-        repeat = lambda parts: [np.repeat(part, count, axis=0) for part in parts]
-        batch = self.start(Layout(*repeat(layout)), repeat(tasks), rng, roam=True)
-        batch.place(batch.rows, one_of(batch.content < 0, rng), rng)
+        *layout, tasks = (np.repeat(part, count, axis=0) for part in (*layout, tasks))
+        batch = self.start(Layout(*layout), tasks, rng, roam=True)
+        batch.place(batch.rows, one_of(batch.content < 0, rng))
         return batch
 
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
@@ -153,7 +153,7 @@ class World:
         """The expert's success on solvable post-training layouts."""
         return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
 
-    def exchanged(self, cells: np.ndarray, rng) -> np.ndarray:
+    def shuffled(self, cells: np.ndarray, rng) -> np.ndarray:
         """The cells (N, T, K) after a random permutation of the grid's cells, another one for each of N episodes."""
         tables = rng.permuted(np.tile(np.arange(self.size**2), (len(cells), 1)), axis=1)
         return tables[np.arange(len(cells))[:, None, None], cells]
@@ -175,7 +175,7 @@ class World:
         """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
         layout, tasks, field = solvable_layouts(self, tasks, count, rng)
         batch, alive = self.start(layout, tasks, rng), np.arange(count)
-        batch.jump(0.5 * (jumps > 0), field, alive, rng, layout.colours)
+        batch.jump(0.5 * (jumps > 0), field, alive, layout.colours)
         seen, target, successes = batch.observe(), None, 0
         obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
         goal, length = np.full((count, self.limit), -1), np.zeros(count, dtype=int)
@@ -188,7 +188,7 @@ class World:
             visited, reward, done = batch.step(action)
             length[alive[visited == goal[alive, t]]] = t + 1
             successes += int(reward.sum())
-            batch.jump(jumps * (visited < 0), field, alive, rng)
+            batch.jump(jumps * (visited < 0), field, alive)
             obs[alive, t + 1] = batch.observe()
             alive = alive[~done]
             batch.select(~done)
@@ -215,25 +215,24 @@ def sample_layouts(world: World, count: int, rng: np.random.Generator) -> Layout
     return Layout(cells[:, : world.colours], cells[:, world.colours : -1], cells[:, -1])
 
 
-def pad_tasks(tasks) -> tuple[np.ndarray, np.ndarray]:
-    """Tasks of unequal length -> colours (B, L + 1) padded with -1, lengths (B,)."""
-    lengths = np.array([len(task) for task in tasks])
-    padded = np.full((len(tasks), lengths.max() + 1), -1)
+def pad_tasks(tasks) -> np.ndarray:
+    """Tasks of unequal length -> colours (B, L + 1), each row padded with at least one -1."""
+    padded = np.full((len(tasks), max(map(len, tasks)) + 1), -1)
     for row, task in zip(padded, tasks):
         row[: len(task)] = task
-    return padded, lengths
+    return padded
 
 
 class Batch:
     """B episodes that step together, by the rules of pinpad. Finished ones are dropped with `select`.
 
-    layout: B start layouts. tasks: what `pad_tasks` makes of B tasks. roam: visits neither count nor end anything (to
-    see where a policy goes). Subclasses move the agent, in `step`, and show it, in `observe`.
+    layout: B start layouts. tasks: what `pad_tasks` makes of B tasks. rng: all chance there is. roam: visits neither
+    count nor end anything (to see where a policy goes). Subclasses move the agent, in `step`, and show it, in
+    `observe`.
     """
 
-    def __init__(self, world: World, layout: Layout, tasks: tuple[np.ndarray, np.ndarray], roam: bool = False):
-        self.world, self.roam = world, roam
-        self.tasks, self.lengths = tasks
+    def __init__(self, world: World, layout: Layout, tasks: np.ndarray, rng: np.random.Generator, roam=False):
+        self.world, self.tasks, self.rng, self.roam = world, tasks, rng, roam
         self.cell = layout.agent.copy()  # of the agent
         B = len(self.cell)
         self.things = np.concatenate([layout.colours, layout.walls], axis=1)  # cells, (B, O + W)
@@ -280,26 +279,26 @@ class Batch:
             return visited, np.zeros(len(self), dtype=np.float32), over
         correct = (visited >= 0) & (visited == self.goal()) & ~np.asarray(failed)
         self.stage += correct
-        solved = self.stage == self.lengths
+        solved = self.goal() < 0
         return visited, solved.astype(np.float32), solved | over | ((visited >= 0) & ~correct)
 
-    def jump(self, chance, field: np.ndarray, alive: np.ndarray, rng, cells=None) -> None:
+    def jump(self, chance, field: np.ndarray, alive: np.ndarray, cells=None) -> None:
         """With this chance (a number or (B,)) an agent goes on from another cell, which is no visit.
 
         The new cell is one of `cells` (B, K), or any free one; it is not the goal, which can be reached from it.
         field (., O, G*G): distances; alive (B,): each episode's row of it.
         """
-        chosen = np.flatnonzero(rng.random(len(self)) < chance)
+        chosen = np.flatnonzero(self.rng.random(len(self)) < chance)
         if cells is None:
-            cell = one_of(self.content[chosen] < 0, rng)
+            cell = one_of(self.content[chosen] < 0, self.rng)
         else:
-            cell = cells[chosen, rng.integers(cells.shape[1], size=len(chosen))]
+            cell = cells[chosen, self.rng.integers(cells.shape[1], size=len(chosen))]
         goal = self.goal()[chosen]
         reach = field[alive[chosen, None], goal[:, None], neighbour_table(self.world.size)[cell]].min(axis=1)
         allowed = (self.content[chosen, cell] != goal) & (reach < FAR)
-        self.place(chosen[allowed], cell[allowed], rng)
+        self.place(chosen[allowed], cell[allowed])
 
-    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
+    def place(self, index: np.ndarray, cell: np.ndarray) -> None:
         """Put the agents of the episodes `index` on these cells."""
         self.cell[index] = cell
 
@@ -352,13 +351,10 @@ class PinpadEnv(gym.Env):
         return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
 
 
-COLOURS = np.array(
-    [
-        (230, 60, 60), (60, 110, 230), (60, 170, 75), (240, 200, 40),
-        (150, 70, 190), (240, 140, 40), (70, 200, 220), (240, 130, 190),
-    ],
-    dtype=np.uint8,
-)  # fmt: skip
+COLOURS = np.array([
+    (230, 60, 60), (60, 110, 230), (60, 170, 75), (240, 200, 40),
+    (150, 70, 190), (240, 140, 40), (70, 200, 220), (240, 130, 190),
+], dtype=np.uint8)  # fmt: skip
 
 
 def grid_text(world: World, content: np.ndarray, agent: int) -> str:
@@ -370,11 +366,8 @@ def grid_text(world: World, content: np.ndarray, agent: int) -> str:
 
 def cell_picture(world: World, content: np.ndarray, scale: int) -> np.ndarray:
     """The colours and dark walls as an RGB picture, (G*scale, G*scale, 3) uint8."""
-    palette = np.concatenate([
-        COLOURS[np.arange(world.colours) % len(COLOURS)],
-        np.full((world.walls, 3), 70, dtype=np.uint8),
-        np.full((1, 3), 245, dtype=np.uint8),
-    ])  # fmt: skip
+    colours = COLOURS[np.arange(world.colours) % len(COLOURS)]
+    palette = np.array([*colours, *[(70, 70, 70)] * world.walls, (245, 245, 245)], dtype=np.uint8)
     return palette[content].reshape(world.size, world.size, 3).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
@@ -398,16 +391,13 @@ def distance_fields(world: World, layout: Layout) -> np.ndarray:
     all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest.
     """
     B, G, O = len(layout.agent), world.size, world.colours
-    rows = np.arange(B)
-    least = np.zeros((G * G, O, B), dtype=np.int8)  # FAR on obstacles
-    start = np.full((G * G, O, B), FAR, dtype=np.int8)
-    for thing in (*layout.walls.T, *layout.colours.T):
-        least[thing, :, rows] = FAR
-    for colour, cell in enumerate(layout.colours.T):
-        least[cell, colour, rows] = start[cell, colour, rows] = 0
     field = np.full((G + 2, G + 2, O, B), FAR, dtype=np.int8)
-    inner, least = field[1:-1, 1:-1], least.reshape(G, G, O, B)
-    inner[...] = start.reshape(G, G, O, B)
+    inner, least = field[1:-1, 1:-1], np.zeros((G, G, O, B), dtype=np.int8)  # least: FAR on obstacles
+    places = [(*np.divmod(cell, G), np.arange(B)) for cell in (*layout.colours.T, *layout.walls.T)]
+    for row, column, episode in places:
+        least[row, column, :, episode] = FAR
+    for colour, (row, column, episode) in enumerate(places[:O]):
+        least[row, column, colour, episode] = inner[row, column, colour, episode] = 0
     while True:
         best = np.minimum(field[:-2, 1:-1], field[2:, 1:-1])
         np.minimum(best, field[1:-1, :-2], out=best)
@@ -427,16 +417,14 @@ def shortest_actions(field: np.ndarray, rows, target, agent) -> np.ndarray:
     return (reach == reach.min(axis=1, keepdims=True)) & (reach < FAR) & (neighbour != agent[:, None])
 
 
-def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray) -> np.ndarray:
     """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
     rows, start = np.arange(len(tasks)), layout.agent
     ok = np.ones(len(tasks), dtype=bool)
-    for i in range(tasks.shape[1] - 1):
-        active = lengths > i
-        target = np.where(active, tasks[:, i], 0)
+    for goal in tasks[:, :-1].T:
         # The start may itself be a coloured cell, an obstacle of this field: ask for a way out of it.
-        ok &= ~active | shortest_actions(field, rows, target, start).any(axis=1)
-        start = np.where(active, layout.colours[rows, target], start)
+        ok &= (goal < 0) | shortest_actions(field, rows, goal, start).any(axis=1)
+        start = layout.colours[rows, goal]  # means nothing where the task is over, and no longer matters there
     return ok
 
 
@@ -446,7 +434,7 @@ def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
     Returns layout, tasks as of `pad_tasks`, distance fields. Given the layout, the task is then uniform over the tasks
     that can be solved on it, which is the prior of `bayes_predictor`.
     """
-    padded, lengths = pad_tasks(tasks)
+    padded = pad_tasks(tasks)
     parts, drawn, kept = [], 0, 0
     while kept < count:
         if drawn > 10_000 and not kept:
@@ -454,12 +442,12 @@ def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
         layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
         index = rng.integers(len(tasks), size=len(layout.agent))
         field = distance_fields(world, layout)
-        ok = np.flatnonzero(solvable(field, layout, padded[index], lengths[index]))
+        ok = np.flatnonzero(solvable(field, layout, padded[index]))
         drawn += len(index)
         kept += len(ok)
-        parts.append([part[ok] for part in (*layout, padded[index], lengths[index], field)])
-    *layout, padded, lengths, field = (np.concatenate(column)[:count] for column in zip(*parts))
-    return Layout(*layout), (padded, lengths), field
+        parts.append([part[ok] for part in (*layout, padded[index], field)])
+    *layout, tasks, field = (np.concatenate(column)[:count] for column in zip(*parts))
+    return Layout(*layout), tasks, field
 
 
 def one_of(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -488,9 +476,8 @@ class GridBatch(Batch):
 
 def one_hot(world: World, obs: np.ndarray) -> np.ndarray:
     """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
-    full = np.zeros((len(obs), world.size**2, world.objects), dtype=np.float32)
-    full[np.arange(len(obs))[:, None], obs, np.arange(world.objects)] = 1
-    return full.reshape(len(obs), -1)
+    ones = obs[:, None] == np.arange(world.size**2)[:, None]  # (B, G*G, O+W+1)
+    return ones.reshape(len(obs), -1).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -500,7 +487,7 @@ class GridWorld(World):
     kind = "grid"
 
     def start(self, layout: Layout, tasks, rng, roam=False) -> GridBatch:
-        return GridBatch(self, layout, tasks, roam)
+        return GridBatch(self, layout, tasks, rng, roam)
 
     def expert(self, batch: GridBatch, field, alive, rng):
         """Takes a shortest path, uniformly over all of them -> its moves (B,), to learn and to do."""
@@ -513,10 +500,6 @@ class GridWorld(World):
         p = np.take_along_axis(p, episodes.target[..., None], axis=-1)[..., 0]
         return float(-(np.log(p) * episodes.mask).sum() / len(episodes.mask))
 
-    def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
-        """Each episode with its cells exchanged at random, (N, T, F)."""
-        return self.exchanged(obs, rng)
-
     def entries(self, obs: np.ndarray) -> np.ndarray:
         """All steps, also those that bump into something, (N, T)."""
         return np.ones(obs.shape[:2], dtype=bool)
@@ -526,48 +509,35 @@ class GridWorld(World):
         return np.stack([obs % self.size, obs // self.size], axis=-1) + 0.5
 
 
-def offset_table(size: int) -> np.ndarray:
-    """Index in 0..(2G-1)^2-1 of the offset (object - agent), as table[object cell, agent cell]."""
-    row, column = np.divmod(np.arange(size * size), size)
-    dr = row[:, None] - row[None, :] + size - 1
-    dc = column[:, None] - column[None, :] + size - 1
-    return dr * (2 * size - 1) + dc
-
-
 def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
     """The best possible next-action probabilities given the observations so far, (N, T, 4).
 
     The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the expert's likelihood of the moves so
     far, over the tasks that can be solved on this layout. For episodes without jumps.
     """
-    padded, lengths = pad_tasks(world.pretrain)
-    N, T = episodes.mask.shape
-    K = len(lengths)
+    tasks = pad_tasks(world.pretrain)
+    (N, T), K = episodes.mask.shape, len(tasks)
     first, agent = episodes.obs[:, 0], episodes.obs[..., -1]
     layout = Layout(first[:, : world.colours], first[:, world.colours : -1], first[:, -1])
     field = distance_fields(world, layout)
-    posterior = np.stack(
-        [solvable(field, layout, np.tile(padded[k], (N, 1)), np.full(N, lengths[k])) for k in range(K)], axis=1
-    ).astype(float)
+    posterior = np.stack([solvable(field, layout, np.tile(task, (N, 1))) for task in tasks], axis=1).astype(float)
     rows, stage = np.repeat(np.arange(N), K), np.zeros(N, dtype=np.int64)
     result = np.zeros((N, T, 4), dtype=np.float32)
     for t in range(T):
-        live = episodes.mask[:, t]
-        goals = padded[:, np.minimum(stage, padded.shape[1] - 1)].T  # (N, K); -1 where the task is over
+        goals = tasks[:, np.minimum(stage, tasks.shape[1] - 1)].T  # (N, K); -1 where the task is over
         best = shortest_actions(field, rows, np.maximum(goals, 0).reshape(-1), np.repeat(agent[:, t], K))
         chance = best / np.maximum(best.sum(axis=1, keepdims=True), 1)
         chance = chance.reshape(N, K, 4) * (goals >= 0)[..., None]
         posterior *= goals >= 0  # the episode goes on, so a task that would be over is not the one
         posterior /= np.maximum(posterior.sum(axis=1, keepdims=True), 1e-30)
-        result[:, t] = (posterior[..., None] * chance).sum(axis=1) * live[:, None]
+        result[:, t] = (posterior[..., None] * chance).sum(axis=1)
         taken = neighbour_table(world.size)[agent[:, t]] == agent[:, t + 1, None]  # (N, 4)
-        likelihood = (chance * taken[:, None]).sum(axis=2)
-        posterior = np.where(live[:, None], posterior * likelihood, posterior)
+        posterior *= (chance * taken[:, None]).sum(axis=2)  # the likelihood of the move
         if t + 1 < T:  # a visit also tells which tasks are still possible
-            visit = live & episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
-            posterior = np.where(visit[:, None], posterior * (goals == episodes.goal[:, t][:, None]), posterior)
+            visit = episodes.mask[:, t + 1] & (episodes.goal[:, t + 1] != episodes.goal[:, t])
+            posterior *= ~visit[:, None] | (goals == episodes.goal[:, t, None])
             stage += visit
-    return result
+    return result * episodes.mask[..., None]  # what was computed for the padding means nothing
 
 
 class GridPinpad(PinpadEnv):
@@ -658,10 +628,6 @@ def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np
     return states[:, -1]
 
 
-def symlog(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.log1p(np.abs(x))
-
-
 class AntBatch(Batch):
     """B episodes of ant pinpad that step together.
 
@@ -673,7 +639,7 @@ class AntBatch(Batch):
     """
 
     def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
-        super().__init__(world, layout, tasks, roam)
+        super().__init__(world, layout, tasks, rng, roam)
         B = len(self)
         self.state = self._standing(self.cell)  # (B, 30)
         self.state[:, XY] += rng.uniform(-CELL / 2, CELL / 2, (B, 2))
@@ -708,17 +674,18 @@ class AntBatch(Batch):
         """Whether the torso's own z axis points up, (B,)."""
         return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
 
-    def place(self, index: np.ndarray, cell: np.ndarray, rng) -> None:
+    def place(self, index: np.ndarray, cell: np.ndarray) -> None:
         """Put the ants of the episodes `index` anywhere in these cells, as they move."""
-        super().place(index, cell, rng)
-        self.state[index, XY] = self.world.centres[cell] + rng.uniform(-CELL / 2, CELL / 2, (len(index), 2))
+        super().place(index, cell)
+        self.state[index, XY] = self.world.centres[cell] + self.rng.uniform(-CELL / 2, CELL / 2, (len(index), 2))
 
     def observe(self) -> np.ndarray:
         """The paper's observation, (B, 31 + 2 (O + W)) float32: the parts of `AntWorld.parts`, in that order."""
-        xy, half = self.state[:, XY], self.world.half
+        xy, half, body = self.state[:, XY], self.world.half, self.state[:, HEIGHT:]
+        symlog = np.sign(body) * np.log1p(np.abs(body))
         things = self.world.centres[self.things] - xy[:, None]  # (B, O + W, 2)
         local = xy - self.world.centres[self.cell]
-        parts = [symlog(self.state[:, HEIGHT:]), xy / half, things.reshape(len(self), -1) / half, local / (CELL / 2)]
+        parts = [symlog, xy / half, things.reshape(len(self), -1) / half, local / (CELL / 2)]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -828,10 +795,6 @@ class SplicedBatch(AntBatch):
     goal (imitation learning's copycat problem).
     """
 
-    def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
-        super().__init__(world, layout, tasks, rng, roam)
-        self.rng = rng
-
     def step(self, way: np.ndarray):
         """Where each ant walks, (B,) in radians -> visited colour or -1 (B,), reward (B,), done (B,)."""
         B, rng, half = len(self), self.rng, self.world.half
@@ -904,7 +867,7 @@ class AntWorld(World):
 
     def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
         """Each episode with its cells exchanged at random, each thing at the centre of its cell, without a body."""
-        places, view = self.centres[self.exchanged(self.cells(obs), rng)] / self.half, np.zeros_like(obs)
+        places, view = self.centres[super().shuffled(self.cells(obs), rng)] / self.half, np.zeros_like(obs)
         xy, things = places[..., -1, :], places[..., :-1, :]
         view[..., self.parts["xy"]] = xy
         view[..., self.parts["things"]] = (things - xy[..., None, :]).reshape(*obs.shape[:-1], -1)
@@ -978,24 +941,20 @@ class AntPinpad(PinpadEnv):
         return self._batch.observe()[0]
 
     def _picture(self) -> np.ndarray:
-        return ant_picture(self.world, self._batch.content[0], self._batch.state[0])
-
-
-def ant_picture(world: World, content: np.ndarray, state: np.ndarray, scale: int = 48) -> np.ndarray:
-    """The cells seen from above with the ant as drawn discs: torso, and knee and foot of each leg; state (30,)."""
-    picture = cell_picture(world, content, scale)
-    metres = (np.arange(world.size * scale) + 0.5) / scale * CELL - world.size * CELL / 2
-    hip, ankle = state[JOINTS].reshape(4, 2).T
-    # The plane as complex numbers; ant.xml's legs: torso to hip, hip to ankle, twice that from ankle to foot.
-    towards = np.hypot(0.2, 0.2) * np.exp(1j * (LEG_AZIMUTH + yaw_of(state)))
-    upper = towards * np.exp(1j * hip)
-    joints = np.cumsum([0 * towards, towards, upper, 2 * np.cos(ankle) * upper], axis=0)  # (4 joints, 4 legs)
-    along = np.linspace(0, 1, 8)[:, None, None]
-    legs = (joints[:-1] + along * np.diff(joints, axis=0)).reshape(-1)
-    for place, radius in [(0, 0.25), *((place, 0.05) for place in legs)]:
-        dx, dy = metres - state[1] - place.real, -metres - state[2] - place.imag  # row 0 is the largest y
-        picture[dx[None] ** 2 + dy[:, None] ** 2 < radius**2] = 0
-    return picture
+        """The cells seen from above, 48 pixels wide, and the ant as black discs: its torso, and along each leg."""
+        picture, state = cell_picture(self.world, self._batch.content[0], 48), self._batch.state[0]
+        metres = (np.arange(len(picture)) + 0.5) / 48 * CELL - self.world.half
+        hip, ankle = state[JOINTS].reshape(4, 2).T
+        # The plane as complex numbers; ant.xml's legs: torso to hip, hip to ankle, twice that from ankle to foot.
+        towards = np.hypot(0.2, 0.2) * np.exp(1j * (LEG_AZIMUTH + yaw_of(state)))
+        upper = towards * np.exp(1j * hip)
+        joints = np.cumsum([0 * towards, towards, upper, 2 * np.cos(ankle) * upper], axis=0)  # (4 joints, 4 legs)
+        along = np.linspace(0, 1, 8)[:, None, None]
+        legs = (joints[:-1] + along * np.diff(joints, axis=0)).reshape(-1)
+        for place, radius in [(0, 0.25), *((place, 0.05) for place in legs)]:
+            dx, dy = metres - state[1] - place.real, -metres - state[2] - place.imag  # row 0 is the largest y
+            picture[dx[None] ** 2 + dy[:, None] ** 2 < radius**2] = 0
+        return picture
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -271,8 +271,7 @@ class GridEmbedding(nn.Module):
 
     def __init__(self, c: Config, world: envs.World, dim: int):
         super().__init__()
-        self.relative, cells, O = c.relative_obs, world.size**2, world.colours
-        self.register_buffer("offset", torch.from_numpy(envs.offset_table(world.size)), persistent=False)
+        self.relative, self.size, cells, O = c.relative_obs, world.size, world.size**2, world.colours
         if self.relative:
             offsets = (2 * world.size - 1) ** 2
             self.features = nn.Parameter(0.5 * torch.randn(offsets, self.FEATURES))
@@ -293,9 +292,10 @@ class GridEmbedding(nn.Module):
         return torch.cat([colours.flatten(0, 1), self.obstacle, self.agent])
 
     def forward(self, cells):
-        if self.relative:
-            agent = cells[..., -1:]
-            cells = torch.cat([self.offset[cells[..., :-1], agent], agent], dim=-1)
+        if self.relative:  # offset (row, column) = (0, 0) is in the middle of (2 G - 1)^2
+            place = cells // self.size * (2 * self.size - 1) + cells % self.size
+            offset = place[..., :-1] - place[..., -1:] + 2 * self.size * (self.size - 1)
+            cells = torch.cat([offset, cells[..., -1:]], dim=-1)
         rows = (cells + self.first_row).flatten(0, -2)
         return F.embedding_bag(rows, self.table(), mode="sum").unflatten(0, cells.shape[:-1])
 
@@ -391,7 +391,7 @@ class BaseModel(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        world = make_world(c)
+        world = envs.WORLDS[c.world]
         self.control_block, self.alone = c.control_block, c.memory != "full"
         self.embed = EMBEDDINGS[world.kind](c, world)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -404,9 +404,8 @@ class BaseModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _run(self, blocks, x, keep, state):
-        state = state or [()] * len(blocks)
         after = []
-        for block, before in zip(blocks, state):
+        for block, before in zip(blocks, state or [()] * len(blocks)):
             x, part = block(x, keep, before)
             after.append(part)
         return x, after
@@ -422,14 +421,10 @@ class BaseModel(nn.Module):
         x, state = self._run(self.blocks[self.control_block :], residual, keep, state)
         return self.norm(x), state
 
-    def features(self, obs):
-        """Features (B, T, D) of the model left alone, with all its memory."""
+    def forward(self, obs):
+        """Observations (B, T, F) -> features (B, T, D) of the model left alone, with all its memory."""
         residual, _ = self.lower(obs)
         return self.upper(residual, torch.ones_like(residual[..., 0]))[0]
-
-    def forward(self, obs):
-        """What the head says of the action at each step, (B, T, 4 or 8)."""
-        return self.head(self.features(obs))
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -556,10 +551,6 @@ def gaussian_log_prob(x, mean, log_std):
 # ----------------------------------------------------------------------------------------------------
 
 
-def make_world(c: Config, threads: int = 1) -> envs.World:
-    return replace(envs.WORLDS[c.world], jumps=c.jumps, threads=threads)
-
-
 def expert_batches(run: Run, rng: np.random.Generator, batch: int):
     """Endless batches of fresh expert trajectories; each holds episodes of similar length (less padding)."""
     while True:
@@ -642,15 +633,15 @@ def update(model: nn.Module, loss, *steppers) -> None:
 # Phase 1: pretrain the base model (paper: App. C.1)
 #
 # In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. To do so
-# it has to work out from the moves so far which goal is pursued, and how one gets there. Phase 2 uses the second: there
-# the code says which goal, and the base does not remember earlier moves, which would say the same (`memory`).
+# it has to work out from the moves so far which goal is pursued, and how one gets there. Phase 2 uses the second:
+# there the code says which goal, and the base does not remember earlier moves, as they would say the same (`memory`).
 # ----------------------------------------------------------------------------------------------------
 
 
 def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
     """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
     obs, mask = run.tensor(episodes.obs), run.tensor(episodes.mask)
-    features = base.features(obs[:, :-1])
+    features = base(obs[:, :-1])
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     if not run.config.obs_loss:
         return nll, {"nll": nll.item()}
@@ -668,8 +659,7 @@ def pretrain(run: Run) -> BaseModel:
         loss, stats = pretrain_loss(run, base, episodes)
         length = episodes.mask.sum() / len(episodes.mask)
         update(base, loss / length, *steppers)
-        if step % 50 == 0 or step == c.pretrain_steps:
-            run.log(step, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
+        run.log(step, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
     return base.requires_grad_(False)
 
 
@@ -706,8 +696,7 @@ def steer(run: Run, base: BaseModel) -> Labels:
     c = run.config
     rng, _ = run.start("steer")
     labels = Labels(c).to(run.device)
-    optimiser = torch.optim.AdamW(labels.parameters(), lr=c.steer_lr, weight_decay=0)
-    steppers = scheduled(c, optimiser, c.steer_steps)
+    steppers = scheduled(c, torch.optim.Adam(labels.parameters(), lr=c.steer_lr), c.steer_steps)
     for step, episodes in zip(range(1, c.steer_steps + 1), expert_batches(run, rng, c.discover_batch)):
         subgoal, changed = subgoals(run.world, episodes)
         residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
@@ -715,8 +704,7 @@ def steer(run: Run, base: BaseModel) -> Labels:
         features, _ = base.upper(controlled, memory_after(run.tensor(changed).float(), c.memory))
         loss = action_nll(run, base, features, episodes).sum(1).mean()
         update(labels, loss / episodes.mask.shape[1], *steppers)
-        if step % 50 == 0 or step == c.steer_steps:
-            run.log(step, c.steer_steps, "steps", nll=loss.item())
+        run.log(step, c.steer_steps, "steps", nll=loss.item())
     return labels.requires_grad_(False)
 
 
@@ -891,14 +879,12 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     c = run.config
     rng, generator = run.start("discover")
     meta = Metacontroller(c).to(run.device)
-    optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=0)
-    steppers = scheduled(c, optimiser, c.discover_steps)
+    steppers = scheduled(c, torch.optim.Adam(meta.parameters(), lr=c.discover_lr), c.discover_steps)
     for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
         charge = min(1.0, max(0, step - c.free_steps) / max(1, c.free_steps))
         loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge)
         update(meta, loss / 10, *steppers)  # about the steps of an episode
-        if step % 50 == 0 or step == c.discover_steps:
-            run.log(step, c.discover_steps, "steps", **stats)
+        run.log(step, c.discover_steps, "steps", **stats)
     return meta.requires_grad_(False)
 
 
@@ -1017,7 +1003,7 @@ class RawLearner:
 
     def assess(self, inputs, chosen):
         """Log-probabilities of the actions (N, K); there is no prior to stay close to."""
-        log_prob = self.model.head.log_prob(self.model(inputs), chosen)
+        log_prob = self.model.head.log_prob(self.model.head(self.model(inputs)), chosen)
         return log_prob, torch.zeros_like(log_prob)
 
 
@@ -1097,17 +1083,15 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
     for part in episodes.chunks():
-        total += action_nll(run, base, base.features(run.tensor(part.obs[:, :-1])), part).sum().item()
+        total += action_nll(run, base, base(run.tensor(part.obs[:, :-1])), part).sum().item()
     excess = total / count - run.world.floor(episodes)
     rng, generator = run.start("evaluate")
     reach = rollout(run, base, Pilot(), run.world.batch(count, rng), generator)
-    metrics = {
+    return {
         "base_excess_nats": excess,
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
         "expert_success": run.world.expert_success(count),
     }
-    run.say("base: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    return metrics
 
 
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
@@ -1115,7 +1099,6 @@ def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     rng, generator = run.start("evaluate")
     batch = run.world.batch(run.config.eval_episodes, rng)
     result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch, generator)
-    run.say(f"ground-truth controllers: post-training success {result.reward.mean():.3f}")
     return {"steer_success": result.reward.mean().item()}
 
 
@@ -1162,9 +1145,8 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
 
     roaming, trials = random_codes(c.eval_episodes, True), random_codes(4 * c.eval_episodes, False)
     table = transition_table(world, roaming.visited)
-    for line in raster(run, base, meta):
-        run.say(line)
-    metrics = {
+    print_raster(run, base, meta)
+    return {
         "switch_precision": share_near(switched, changed, near),
         "switch_recall": share_near(changed, switched, near),
         "random_switch_precision": share_near(by_chance, changed, near),
@@ -1176,9 +1158,8 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
         "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
+        "mean_codes": [part.mean(0).nan_to_num().tolist() for part in named],  # of each true subgoal
     }
-    run.say("codes: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
-    return metrics | {"mean_codes": [part.mean(0).nan_to_num().tolist() for part in named]}  # of each true subgoal
 
 
 def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
@@ -1199,51 +1180,45 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
-def fit_readout(run: Run, inputs, labels, steps: int = 300) -> float:
+def fit_readout(run: Run, inputs, labels) -> float:
     """Held-out accuracy of a small MLP's read-out; the second half is held out.
 
     inputs (N, F), labels (N,), in the order of their episodes, so that the halves share at most one.
     """
     half = len(inputs) // 2
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(0)
-        inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
-        net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1))
-        net.to(run.device)
-        optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
-        for _ in range(steps):
-            loss = F.cross_entropy(net(inputs[:half]), labels[:half])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-        return (net(inputs[half:]).argmax(-1) == labels[half:]).float().mean().item()
+    torch.manual_seed(0)
+    inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
+    net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1))
+    net.to(run.device)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = F.cross_entropy(net(inputs[:half]), labels[:half])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return (net(inputs[half:]).argmax(-1) == labels[half:]).float().mean().item()
 
 
-def raster(run: Run, base: BaseModel, meta: Metacontroller, count: int = 3) -> list[str]:
-    """Lines for the terminal: true subgoals over switch marks (|), for a few held-out episodes."""
-    episodes = run.held_out().take(np.arange(count))
+def print_raster(run: Run, base: BaseModel, meta: Metacontroller) -> None:
+    """True subgoals over switch marks (|), for three held-out episodes."""
+    episodes = run.held_out().take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
     _, gate, _ = encode(run, base, meta, episodes, *run.start("figures"))
-    lines = []
-    for i in range(count):
-        steps = episodes.mask[i].sum()
-        lines.append("true subgoal  " + "".join(str(g) for g in subgoal[i, :steps]))
-        lines.append("gate opens    " + "".join("|" if g > run.config.threshold else "." for g in gate[i, :steps]))
-    return lines
+    for i, steps in enumerate(episodes.lengths):
+        print("true subgoal  " + "".join(str(g) for g in subgoal[i, :steps]))
+        print("gate opens    " + "".join("|" if g > run.config.threshold else "." for g in gate[i, :steps]))
 
 
 def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
     """Post-training success of the policy, sampled and with its mean codes, on fresh episodes."""
     learner, count = InternalLearner(run, models["pretrain"], models["discover"], policy), 4 * run.config.eval_episodes
     success, mean_success = (learner.collect(count, *run.start("evaluate"), sample)[1] for sample in (True, False))
-    run.say(f"internal RL: post-training success {success:.3f}, with mean codes {mean_success:.3f}")
     return {"internal_rl_success": success, "internal_rl_mean_success": mean_success}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
     """Post-training success of the fine-tuned base on fresh episodes."""
-    success = RawLearner(run, model).collect(4 * run.config.eval_episodes, *run.start("evaluate"))[1]
-    run.say(f"raw-action RL: post-training success {success:.4f}")
+    _, success = RawLearner(run, model).collect(4 * run.config.eval_episodes, *run.start("evaluate"))
     return {"raw_rl_success": success}
 
 
@@ -1448,9 +1423,9 @@ STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluat
 class Run:
     """What every phase needs besides its inputs: config, seed, device, random streams, log."""
 
-    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, quiet=False, name=""):
-        self.config, self.seed, self.device, self.out, self.quiet = config, seed, device, out, quiet
-        self.world = make_world(config, torch.get_num_threads())
+    def __init__(self, config: Config, seed: int, device: torch.device, out: Path | None = None, name=""):
+        self.config, self.seed, self.device, self.out = config, seed, device, out
+        self.world = replace(envs.WORLDS[config.world], jumps=config.jumps, threads=torch.get_num_threads())
         self.phase, self.started, self.shown = "", time.time(), 0.0
         self.plan = {}  # stages to do, and their typical minutes
         self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
@@ -1472,30 +1447,25 @@ class Run:
             self._held_out = self.world.held_out(self.config.eval_episodes)
         return self._held_out
 
-    def log(self, step: int, total: int, unit: str, every: float = 10.0, **metrics) -> None:
-        """Show progress at most each `every` seconds (and at the end) and append it to metrics.csv."""
+    def log(self, step: int, total: int, unit: str, **metrics) -> None:
+        """Show progress at most every 10 seconds (and at the end) and append it to metrics.csv."""
         elapsed = time.time() - self.started
-        if step < total and elapsed - self.shown < every:
+        if step < total and elapsed - self.shown < 10:
             return
         self.shown = elapsed
-        if not self.quiet:
-            left, stages, whole = elapsed / max(step, 1) * max(0, total - step), [*self.plan], ""
-            place = stages.index(self.phase) + 1 if self.phase in stages else 0
-            if place and self.plan[self.phase]:  # later stages take longer than typical by as much as this one does
-                later = sum(self.plan[name] for name in stages[place:]) / self.plan[self.phase]
-                whole = f", whole run {(left + later * (elapsed + left)) / 60:.1f} min"
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
-            print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}; left: "
-                  f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
+        left, stages, whole = elapsed / step * max(0, total - step), [*self.plan], ""
+        place = stages.index(self.phase) + 1 if self.phase in stages else 0
+        if self.plan.get(self.phase):  # later stages take longer than typical by as much as this one does
+            later = sum(self.plan[name] for name in stages[place:]) / self.plan[self.phase]
+            whole = f", whole run {(left + later * (elapsed + left)) / 60:.1f} min"
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
+        print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}; left: "
+              f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
             with open(self.out / "metrics.csv", "a", newline="", encoding="utf-8") as file:
                 rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
                 csv.writer(file).writerows(rows)
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
 
 
 class Stage(NamedTuple):
@@ -1530,8 +1500,7 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_json(path: Path, content) -> None:
-    text = json.dumps(content, indent=1, default=float) + "\n"
-    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
 TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
@@ -1540,13 +1509,11 @@ SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come 
 
 def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) -> None:
     """Raise Failure if a saved stage belongs to another config or seed."""
-    if content["seed"] != run.seed:
-        raise Failure(f"{path}: made with --seed {content['seed']}, this run has {run.seed}; {advice}")
-    for f in fields(Config):
-        theirs, ours = content["config"].get(f.name), getattr(run.config, f.name)
-        if theirs != ours:
-            raise Failure(f"{path}: made with --{f.name}={theirs}, this run has {ours}; {advice}")
-        if f.name == STAGES[name].last:
+    theirs = {"seed": content["seed"], **content["config"]}
+    for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
+        if theirs.get(field) != ours:
+            raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
+        if field == STAGES[name].last:
             return
 
 
@@ -1602,12 +1569,13 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     """Load the stage if it is finished, else do it and save it. Adds its model to `models`, returns its metrics."""
     if name in run.saved:
         models[name] = load_model(run, name)
-        run.say(f"{name}: done before")
+        print(f"{name}: done before")
         return run.saved[name]["metrics"]
     stage, started = STAGES[name], time.time()
     models[name] = stage.run(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers(metrics).items()), flush=True)
     if not all(math.isfinite(value) for value in numbers(metrics).values()):
         raise Failure(f"{name}: not a finite number: {numbers(metrics)}; lower the learning rate", 1)
     if name in run.curves:
@@ -1622,6 +1590,11 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
 
 def run_seed(run: Run, phase: str) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
+    try:
+        run.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--out {run.out}: cannot write there ({getattr(error, 'strerror', error)})") from None
+    write_json(run.out / "config.json", {"seed": run.seed, **asdict(run.config)})
     models, metrics = {}, {"seed": run.seed}
     for name, stage in STAGES.items():
         if phase in ("all", stage.phase) or name in run.saved:
@@ -1683,14 +1656,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
     parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
     group = parser.add_argument_group("with --phase watch, of a trained run")
     group.add_argument("--watch_episodes", type=between(int, 1, 10**6), help="how many [3]")
     group.add_argument("--fps", type=between(float, 0, 1000), help="steps shown in a second, 0: no waiting [4]")
-    group.add_argument("--by_hand", action="store_true", default=None, help="you choose the codes, by their numbers")
-    group.add_argument("--code", type=between(int, 0, 99), help="this code and no other")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--by_hand", action="store_true", default=None, help="you choose the codes, by their numbers")
+    either.add_argument("--code", type=between(int, 0, 99), help="this code and no other")
     group.add_argument("--gif", help="also write an animated picture to this file")
     group = parser.add_argument_group("config fields (defaults: preset classroom)")
     comments = config_comments()
@@ -1722,20 +1696,9 @@ def make_config(args) -> Config:
 def make_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise Failure(f"--device {name}: must be auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise Failure("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
     return torch.device(name)
-
-
-def prepare_folder(run: Run) -> None:
-    """Make the folder and write config.json."""
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise Failure(f"--out {run.out}: cannot write there ({getattr(error, 'strerror', error)})") from None
-    write_json(run.out / "config.json", {"seed": run.seed, **asdict(run.config)})
 
 
 def describe_machine() -> str:
@@ -1795,8 +1758,6 @@ def run_command(args, argv) -> int:
         raise Failure(f"--{alien[0]}: belongs to --phase watch")
     if args.gif and Path(args.gif).suffix != ".gif":
         raise Failure(f"--gif {args.gif}: must end in .gif")
-    if args.by_hand and args.code is not None:
-        raise Failure("--code: not with --by_hand, where you choose the codes")
     if args.phase == "watch" and len(seeds) > 1:
         raise Failure(f"--seed {args.seed}: --phase watch shows one")
     if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
@@ -1818,7 +1779,6 @@ def run_command(args, argv) -> int:
         load_saved(run, args.phase)  # a mismatch must stop us before anything is written
     results = []
     for run in runs:
-        prepare_folder(run)
         results.append(run_seed(run, args.phase))
         print_summary(results[-1])
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
