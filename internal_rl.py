@@ -29,11 +29,12 @@ A run prints how far the base is from the best possible predictor, how well grou
 of true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes run.pt (its
 models), metrics.csv, config.json, results.json and a picture to --out. Run it again to resume after an interruption.
 
-Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z size of a code, R rank)
+Glossary (B or N episodes, T steps, F numbers in an observation, D width of the residual stream, R rank of controllers;
+Z, H, S sizes of code, history and summary; K is said where it occurs)
 
     here              paper    shape        meaning                                                    where
     residual          e_t      (B, T, D)    residual stream of the base after block `control_block`    Eq. 1
-    history           h_t      (B, T, H)    GRU over e_1..e_t                                          App. D.2
+    history           h_t      (B, T, H)    GRU over e_1..e_t; the encoder's: over the shuffled copy   App. D.2
     summary           s        (B, S)       embedding of the whole (shuffled) episode                  App. D.2
     mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the code proposal              Eq. 11-18
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
