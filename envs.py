@@ -11,7 +11,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.expert_success(count)     of the post-training task
     world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
-    world.floor(episodes)           * loss of the best possible predictor of the expert
+    world.floor(episodes)           loss of the best possible predictor of the expert, where it is known
     world.places(obs)               * where everything is, to draw it
 
 A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`.
@@ -152,6 +152,10 @@ class World:
     def expert_success(self, count: int) -> float:
         """The expert's success on solvable post-training layouts."""
         return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
+
+    def floor(self, episodes: Episodes) -> float | None:
+        """Loss of the best possible predictor of the expert, nats per episode; None where it is not known."""
+        return None
 
     def shuffled(self, cells: np.ndarray, rng) -> np.ndarray:
         """The cells (N, T, K) after a random permutation of the grid's cells, another one for each of N episodes."""
@@ -860,10 +864,6 @@ class AntWorld(World):
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         world = replace(self, spliced=True, limit=self.decisions) if self.decisions else self
         return World.episodes(world, count, rng)
-
-    def floor(self, episodes: Episodes) -> float:
-        """Loss of the best possible predictor: not known here, 0, so that the excess over it is the loss itself."""
-        return 0.0
 
     def shuffled(self, obs: np.ndarray, rng) -> np.ndarray:
         """Each episode with its cells exchanged at random, each thing at the centre of its cell, without a body."""

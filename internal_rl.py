@@ -1085,11 +1085,11 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
     for part in episodes.chunks():
         total += action_nll(run, base, base(run.tensor(part.obs[:, :-1])), part).sum().item()
-    excess = total / count - run.world.floor(episodes)
+    floor, loss = run.world.floor(episodes), total / count
     rng, generator = run.start("evaluate")
     reach = rollout(run, base, Pilot(), run.world.batch(count, rng), generator)
     return {
-        "base_excess_nats": excess,
+        **({"base_nats": loss} if floor is None else {"base_excess_nats": loss - floor}),
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
         "expert_success": run.world.expert_success(count),
     }
@@ -1248,7 +1248,7 @@ def draw_cells(axis, world: envs.World, obs) -> None:
     axis.imshow(envs.cell_picture(world, content.reshape(-1), 8), extent=edges)
     for colour, (x, y) in enumerate(places[: world.colours]):
         axis.text(x - 0.4, y - 0.2, str(colour), fontweight="bold")
-    axis.set(xticks=[], yticks=[])
+    axis.set(xticks=[], yticks=[], xlim=edges[:2], ylim=edges[2:])
 
 
 def code_colours(world: envs.World) -> np.ndarray:

@@ -1401,6 +1401,14 @@ def test_numbers_of_the_readme():
         assert {row[0]: row[1 + i].strip() for row in rows} == {row[0]: shown(seeds, row[0]) for row in rows}
 
 
+@pytest.mark.parametrize("name", ir.PRESETS)
+def test_the_trained_runs_of_the_clone_are_of_todays_presets(name):
+    """The models in results/ are seed 0 of the preset that the code has now, as is checked before they are watched."""
+    run = ir.Run(ir.PRESETS[name]["classroom"], 0, CPU, name=f"{name}-classroom")
+    assert ir.load_saved(run, "watch").parent.name == "results"
+    assert all(ir.load_model(run, stage) for stage in ir.TRAINED)
+
+
 def test_the_readmes_own_world_runs(tmp_path, monkeypatch):
     """The world that the README builds runs through all phases in a smoke run and leaves its results."""
     code = readme_code("import sys")
