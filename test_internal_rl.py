@@ -464,10 +464,11 @@ def test_trot_goes_where_it_should(direction):
 def test_ant_expert_solves_its_tasks(noise, limit, count, least):
     """At least 9 of 10 episodes succeed, fewer with little time; each visits, by its recorded places alone, just the
     first colours of its task in order and no wall, pursues them in that order, and is kept up to the last of them. The
-    same generator gives the same episodes again."""
+    padding is zeros and -1; the same generator gives the same episodes again."""
     (data, success), again = simulated(noise, limit, count), simulated.__wrapped__(noise, limit, count)[0]
     assert least <= success <= (0.7 if limit < 500 else 1) and all(np.array_equal(a, b) for a, b in zip(data, again))
-    assert len(data.mask) == count
+    assert np.array_equal(data.mask, np.arange(data.lengths.max()) < data.lengths[:, None]) and len(data.mask) == count
+    assert (data.goal[~data.mask] == -1).all() and not data.target[~data.mask].any()
     for obs, goal, steps in zip(data.obs, data.goal, data.lengths):
         (cells, things), task = ant_cells(obs[: steps + 1]), pursued(goal[:steps])
         entered = cells[1:][np.diff(cells) != 0].tolist()
@@ -485,7 +486,8 @@ def test_spliced_ants(jumps):
     for obs, target, goal, mask in zip(*expert(80, ANT, jumps=jumps)):
         steps = int(mask.sum())
         (cells, things), task = ant_cells(obs[: steps + 1]), pursued(goal[:steps])
-        assert not obs[steps + 1 :].any() and target[:steps].any(axis=1).all()
+        assert mask[:steps].all() and (goal[steps:] == -1).all()
+        assert not target[steps:].any() and not obs[steps + 1 :].any() and target[:steps].any(axis=1).all()
         assert any(whole[: len(task)] == task for whole in ANT.pretrain)
         visited = cells[1:] == things[goal[:steps]]
         assert np.array_equal(np.diff(goal[:steps]) != 0, visited[:-1])
@@ -542,6 +544,8 @@ def test_what_the_encoder_reads_of_an_ant():
         pairs = {*zip([*cell, *things], [*moved, *objects])}
         assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
         assert np.allclose(after[:, 27:29] * 2.5, ANT.centres[moved], atol=1e-5)
+    for found, episode in zip(ANT.entries(simulated()[0].obs), simulated()[0].obs):
+        assert np.array_equal(found, np.append(True, np.diff(ant_cells(episode)[0]) != 0))
     batch = random_batch(ANT, 200)
     batch.state[:60, 1] += np.linspace(0, 4, 60)
     batch.cell = ANT.cell_of(batch.state[:, envs.XY])
@@ -591,15 +595,27 @@ def test_block_parallel_equals_step_form(kind):
 
 @BOTH
 @pytest.mark.parametrize("memory, relative", [("full", True), ("segment", False)])
-def test_lower_blocks_remember_only_with_full_memory(name, memory, relative):
-    """What the lower part says of an observation depends on earlier ones if `memory` is full, else it does not. (That
-    the base is causal, and the same step by step, is seen in rollouts.)"""
+def test_base_is_causal_and_steps(name, memory, relative):
+    """Changing the observations from step 5 on changes the features there and none before; step by step, with any
+    memory of the upper part, the features are those of the whole sequence. Steered, the lower part remembers only if
+    `memory` is full; left alone, the upper part always does."""
     run = make_run(world=name, memory=memory, relative_obs=relative)
-    obs = torch.from_numpy(run.world.episodes(4, generators()[0]).obs[:, :9]).flip(1)  # the last one is no padding
-    base, other = wake(ir.BaseModel(run.config), 0.1), obs.clone()
-    other[:, :4, -1] = (obs[:, :4, -1] + 7) % 25 if name == "small" else obs[:, :4, -1] + 0.2
-    ends = base.lower(other)[0][:, -1], base.lower(obs)[0][:, -1]
+    base, keep = wake(ir.BaseModel(run.config), 0.1).double(), torch.rand(4, 9).round().double()
+    obs = torch.from_numpy(run.world.episodes(4, generators()[0]).obs[:, :9])
+    obs = obs if name == "small" else obs.double()
+    features = lambda obs: base.upper(base.lower(obs)[0], keep)[0]
+    other, whole, outputs, lower, upper = obs.clone(), features(obs), [], None, None
+    other[:, 5:, -1] = (obs[:, 5:, -1] + 7) % 25 if name == "small" else obs[:, 5:, -1] + 0.2
+    difference = (features(other) - whole).abs().amax(dim=(0, 2))
+    assert (difference[:5] == 0).all() and (difference[5:] > 0).all()
+    for t in range(9):
+        residual, lower = base.lower(obs[:, t : t + 1], state=lower)
+        y, upper = base.upper(residual, keep[:, t : t + 1], upper)
+        outputs.append(y)
+    assert torch.allclose(torch.cat(outputs, dim=1), whole, atol=1e-9)
+    ends = base.lower(other.flip(1))[0][:, -1], base.lower(obs.flip(1))[0][:, -1]  # of the same last observation
     assert torch.allclose(*ends, atol=1e-3) == (memory != "full")
+    assert memory != "full" or torch.equal(base(obs), base.upper(base.lower(obs)[0], 0 * keep + 1)[0])
 
 
 def test_grid_embeddings():
@@ -683,6 +699,8 @@ def test_padding_changes_no_loss(name):
     base, meta, losses = wake(ir.BaseModel(run.config), 0.1), make_meta(run), []
     meta.encoder[2].bias.data[4:] -= 30  # codes without sampling noise, whose draws depend on the shape
     for episodes in (cut, padded, padded._replace(obs=obs, target=target)):
+        features = torch.randn(*episodes.mask.shape, 16)
+        assert not ir.action_nll(run, base, features, episodes)[~torch.from_numpy(episodes.mask)].any()
         found = [ir.pretrain_loss(run, base, episodes)]
         found += [ir.discovery_loss(run, base, meta, episodes, *generators(), charge) for charge in (0.1, 1.0)]
         losses.append([loss.item() for loss, _ in found] + [value for _, stats in found for value in stats.values()])
@@ -814,16 +832,20 @@ def test_encoder_by_hand():
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, charge):
     """The action loss alone (no KL, no price) gives every metacontroller parameter a gradient through the frozen base,
-    which gets none. Where the code does nothing yet, a gradient reaches the gate through the base's memory alone, if
-    it has a memory of the segment."""
+    which gets none and is the same to the last bit after an update. Where the code does nothing yet, a gradient
+    reaches the gate through the base's memory alone, if it has a memory of the segment."""
     run, rng = make_run(**changes, kl_weight=0.0, gate_price=0.0), generators()[0]
     base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config)
     episodes = run.world.episodes(12, rng)
     ir.discovery_loss(run, base, meta, episodes, *generators(), charge)[0].backward()
     assert (meta.switch[2].bias.grad.abs().item() > 1e-6) == (run.config.memory == "segment" and charge == 1)
     wake(meta.controller)  # what it writes starts at zero, and without control no gradient gets past it
+    before = copy_of(base), copy_of(meta)
     ir.discovery_loss(run, base, meta, episodes, *generators(), charge)[0].backward()
     assert without_gradient(meta) == set() and all(p.grad is None for p in base.parameters())
+    loss, _ = ir.discovery_loss(run, base, meta, episodes, *generators(), charge)
+    ir.update(meta, loss, torch.optim.Adam(meta.parameters(), 1e-2))
+    assert changed(base, before[0]) == set() and changed(meta, before[1]) == {*before[1]}
 
 
 def test_code_kl_is_that_of_gaussians():
@@ -897,12 +919,14 @@ def test_paper_preset_has_the_papers_sizes():
     """`--preset paper` has the paper's sizes and builds models of the parameter counts worked out here by hand."""
     c = ir.PRESETS["grid"]["paper"]
     sizes = {
-        "control_block": 3, "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "init_scale": 0.1,
-        "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024, "rl_lr": 3e-5,
+        "world": "paper", "layers": 6, "dim": 256, "heads": 4, "mlp": 512, "control_block": 3,
+        "history_dim": 32, "summary_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "rank": 16,
+        "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "init_scale": 0.1, "rl_lr": 3e-5,
+        "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024,
         "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": "full",
-        "fast_optimiser": False, "shuffle": False, "jumps": 0,
     }  # fmt: skip
-    assert {name: getattr(c, name) for name in sizes} == sizes
+    sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "shuffle"), False)
+    assert {name: getattr(c, name) for name in sizes} == sizes and c.jumps == 0
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
     assert sum(p.numel() for p in base.parameters()) == 637 * 256 + 6 * block + 256 + 257 * 4 + 257 * 49 == 3_326_517
@@ -962,15 +986,24 @@ def test_temperature_of_every_rollout(name):
 
 @BOTH
 @pytest.mark.parametrize("most", [3, 99])
-def test_one_decision_for_each_opening(name, most, monkeypatch):
-    """What internal RL learns from is one decision for each opening of the gate, at most `most` an episode. Computed
-    again on whole sequences, of decisions or of raw actions, log-probabilities are those of the rollout: the first
-    ratio is 1."""
+def test_code_is_held_between_switches_where_alone_it_is_chosen(name, most, monkeypatch):
+    """The code of a living episode changes exactly where its gate is open, as it is at the first step. What internal
+    RL learns from is one decision a switch, at most `most` an episode. Computed again on whole sequences, of decisions
+    or of raw actions, log-probabilities are those of the rollout: the first ratio is 1."""
     run, base, meta, policy = make_players(name)
     monkeypatch.setattr(ir.PolicyCodes, "MOST", most)
     first, codes = (ir.PolicyCodes(run, 50, policy, generators()[1]) for _ in range(2))
     built(first(torch.randn(2, 16), torch.tensor([3, 7])), "the codes (B, Z) of the rows")
     pilot = ir.CodePilot(run, 50, meta, codes)
+    steer, held = pilot.steer, torch.zeros(50, 4)
+
+    def spy(residual, batch):
+        controlled, opened = steer(residual, batch)
+        assert torch.equal((held[pilot.rows] != pilot.code).any(dim=-1), opened.bool())
+        held[pilot.rows] = pilot.code
+        return controlled, opened
+
+    pilot.steer = spy
     rng, generator = generators()
     result = ir.rollout(run, base, pilot, run.world.batch(50, rng), generator)
     assert result.switched[:, 0].all() and 50 < result.switched.sum() < result.mask.sum()
@@ -1288,10 +1321,11 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
 
 @pytest.mark.parametrize("flags", [
     "--colour 3", "--pre laptop", "--env maze", "--preset laptop --env ant", "--world small --env ant", "--world ant",
-    "--preset huge", "--world large", "--memory some", "--dim abc", "--dim 8", "--layers -1", "--control_block 9",
+    "--preset huge", "--world large", "--memory some", "--dim 0", "--dim 2", "--dim abc", "--dim 1.5",
+    "--dim 8", "--layers -1", "--control_block 9",
     "--jumps 1.5", "--jumps -0.1", "--jumps nan", "--temperature 0", "--threshold 2", "--shuffle maybe", "--heads 5",
     "--rl_batch 0", "--seed -1", "--seed x", "--seed 1,1", "--seed 0,", "--seed 99999999999999999999",
-    "--threads -1", "--threads 2000", "--device tpu", "--device cuda",
+    "--threads -1", "--threads 2000", "--threads x", "--device tpu", "--device cuda",
     "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--obs_loss -1", "--kl_weight nan",
     "--obs_loss inf", "--init_scale 0", "--eval_episodes 2", "--eval_episodes 9999999999999", "--phase rl",
     "--fps 3", "--code 1", "--gif x.gif", "--by_hand", "--watch_episodes 2", "--code 4 --phase watch",
