@@ -463,9 +463,14 @@ def shift_right(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def memory_after(gate, memory: str):
-    """keep (B, T) of the steered base, None if it has no memory. segment: each switch is a fresh start."""
-    return {"segment": 1 - gate, "none": None, "full": torch.ones_like(gate)}[memory]
+def memory_after(gate, before, memory: str):
+    """keep (B, T) of the steered base, None if it has no memory; before (B, T): the gate one step earlier.
+
+    segment: each switch is a fresh start, and the step of the switch itself leaves nothing behind either. There a
+    controller sees the colour that the agent has come to. It would learn which subgoal follows which in the expert's
+    tasks, and what the base remembers of a first step decides all others.
+    """
+    return {"segment": (1 - gate) * (1 - before), "none": None, "full": torch.ones_like(gate)}[memory]
 
 
 class Metacontroller(nn.Module):
@@ -700,9 +705,11 @@ def steer(run: Run, base: BaseModel) -> Labels:
     steppers = scheduled(c, torch.optim.Adam(labels.parameters(), lr=c.steer_lr), c.steer_steps)
     for step, episodes in zip(range(1, c.steer_steps + 1), expert_batches(run, rng, c.discover_batch)):
         subgoal, changed = subgoals(run.world, episodes)
+        changed[:, 0] = True  # the first step is a switch, too
+        switched = run.tensor(changed).float()
         residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
         controlled = labels.control(residual, run.tensor(np.maximum(subgoal, 0)))
-        features, _ = base.upper(controlled, memory_after(run.tensor(changed).float(), c.memory))
+        features, _ = base.upper(controlled, memory_after(switched, shift_right(switched), c.memory))
         loss = action_nll(run, base, features, episodes).sum(1).mean()
         update(labels, loss / episodes.mask.shape[1], *steppers)
         run.log(step, c.steer_steps, "steps", nll=loss.item())
@@ -798,7 +805,9 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower = base.lower(obs[:, None], lower)
         controlled, opened = pilot.steer(residual[:, 0], batch)
-        features, upper = base.upper(controlled[:, None], memory_after(opened[:, None], pilot.memory), upper)
+        before = run.tensor(switched[alive, t - 1]).float()  # at the first step that is the last column, yet empty
+        keep = memory_after(opened[:, None], before[:, None], pilot.memory)
+        features, upper = base.upper(controlled[:, None], keep, upper)
         output = base.head(features[:, 0])
         if not output.isfinite().all():
             raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
@@ -814,8 +823,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
         if done.any():  # drop the dead
             kept = run.tensor(~done)
             alive = alive[~done]
-            batch.select(~done)
             pilot.select(kept)
+            batch.select(~done)
             lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
         if not len(alive):
             break
@@ -866,7 +875,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
     proposal, entry, kl = propose(run, base, meta, episodes, rng, generator)
     code, gate = meta.integrate(residual, proposal, entry)
-    keep = memory_after(gate, "none" if charge < 1 else run.config.memory)
+    keep = memory_after(gate, shift_right(gate), "none" if charge < 1 else run.config.memory)
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()
@@ -1362,19 +1371,30 @@ class Viewer(CodePilot):
         super().__init__(run, 1, meta, choose)
         self.codes, self.fps, self.frames = codes, fps, []
 
+    def show(self) -> None:
+        world, batch = self.run.world, self.batch
+        marked = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(world.post))
+        task = "" if batch.roam else f", task {marked}"
+        print(f"step {len(self.frames)}{task}\n{envs.grid_text(world, batch.content[0], int(batch.cell[0]))}", end="")
+
     def steer(self, residual, batch):
-        t, world = len(self.frames), self.run.world
-        shown = batch.entered[0] or t % world.tolerance == 0
+        t, self.batch = len(self.frames), batch
+        shown = batch.entered[0] or t % self.run.world.tolerance == 0
         if shown:
-            task = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(world.post))
-            print(f"step {t}, task {task}\n{envs.grid_text(world, batch.content[0], int(batch.cell[0]))}", end="")
+            self.show()
         controlled, opened = super().steer(residual, batch)
-        number, gate = int(torch.cdist(self.code, self.codes).argmin()), self.gate.item()
+        number, gate = int(torch.cdist(self.code, self.codes).argmin()), self.gate.item() if t else 1.0
         self.frames.append((batch.observe()[0], number, gate, bool(opened)))
         if shown:
             print(f"{'|' if opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)
             time.sleep(1 / self.fps if self.fps else 0)
         return controlled, opened
+
+    def select(self, kept) -> None:
+        if not kept.any():  # the end: show where the last step led
+            self.show()
+            self.frames.append((self.batch.observe()[0], self.frames[-1][1], 0.0, False))
+        super().select(kept)
 
 
 def watch(run: Run, args) -> int:
@@ -1383,19 +1403,23 @@ def watch(run: Run, args) -> int:
     models = {name: load_model(run, name) for name in TRAINED}
     codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
     (rng, generator), episodes, solved, fps = run.start("watch"), [], 0, 4 if args.fps is None else args.fps
-    print(f"The trained run {path}. The number of a code is the true subgoal that it serves (for its name only).\n")
+    held = args.code is not None
+    print(f"The trained run {path}. Codes are numbered by the true subgoal that they serve, for display only.\n"
+          "@ agent, * agent on a colour, # wall, [ ] the next visit (the policy is not told)\n"
+          "| the gate opened: a new code; . the code is held. Ctrl-C ends it.\n")  # fmt: skip
     try:
-        for number in range(1, (args.watch_episodes or 3) + 1):
-            by_number = args.by_hand or args.code is not None
+        for number in range(1, (args.watch_episodes or (1 if held else 3)) + 1):
+            by_number = args.by_hand or held
             choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"], generator)
             viewer = Viewer(run, models["discover"], choose, codes, fps)
             episodes.append(viewer.frames)
-            batch = run.world.batch(1, rng, roam=args.code is not None)  # one code: also after its goal is reached
+            batch = run.world.batch(1, rng, roam=held)  # one code: also after its goal is reached
             result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
             solved += int(result.reward.item())
             visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
-            end = "solved" if result.reward.item() else "not solved"
-            print(f"{number}: {end}, {result.mask.sum()} steps, visits {visits}; solved {solved} of {number}\n")
+            end = f"{number}: " + ("" if held else "solved, " if result.reward.item() else "not solved, ")
+            total = "" if held else f"; solved {solved} of {number}"
+            print(f"{end}{result.mask.sum()} steps, visits {visits}{total}\n")
     except (EOFError, KeyboardInterrupt):
         print("\nbye")
     seen = [frames for frames in episodes if frames]
@@ -1661,7 +1685,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
     parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
     group = parser.add_argument_group("with --phase watch, of a trained run")
-    group.add_argument("--watch_episodes", type=between(int, 1, 10**6), help="how many [3]")
+    group.add_argument("--watch_episodes", type=between(int, 1, 10**6), help="how many [3; one with --code]")
     group.add_argument("--fps", type=between(float, 0, 1000), help="steps shown in a second, 0: no waiting [4]")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--by_hand", action="store_true", default=None, help="you choose the codes, by their numbers")
@@ -1737,6 +1761,9 @@ def main(argv=None) -> int:
     except Failure as failure:
         print(f"internal_rl: {failure}", file=sys.stderr)
         return failure.status
+    except BrokenPipeError:  # whoever read the output, `head` for one, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("internal_rl: interrupted; the same command resumes after the last finished phase", file=sys.stderr)
         return 130

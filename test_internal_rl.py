@@ -803,8 +803,11 @@ def test_temporal_integration_algebra(gates, threshold, opened, codes):
     found = meta.integrate(steps, torch.tensor([[[10.0], [20], [30], [40]]]), entry, threshold)
     code, gate = built(found, "codes (B, T, Z) and gates (B, T)")
     assert (gate.flatten().tolist(), code.flatten().tolist()) == (opened, codes)
-    assert ir.memory_after(gate, "segment").flatten().tolist() == [1 - beta for beta in opened]
-    assert ir.memory_after(gate, "none") is None and ir.memory_after(gate, "full").unique().item() == 1
+    before = ir.shift_right(gate)
+    keep = [(1 - beta) * (1 - last) for last, beta in zip([0, *opened], opened)]
+    assert ir.memory_after(gate, before, "segment").flatten().tolist() == keep
+    assert ir.memory_after(gate, before, "none") is None
+    assert ir.memory_after(gate, before, "full").unique().item() == 1
 
 
 def test_encoder_by_hand():
@@ -873,7 +876,9 @@ def test_discovery_loss_by_hand(name, charge):
     result = ir.discovery_loss(run, base, meta, episodes, *generators(), charge)
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask = found[0], torch.from_numpy(episodes.mask)
-    assert (keeps[0] is None if charge < 1 else torch.equal(keeps[0], 1 - gate)) and 0.02 < gate[:, 1:].mean() < 0.9
+    memory = ir.memory_after(gate, ir.shift_right(gate), "segment")
+    assert keeps[0] is None if charge < 1 else torch.equal(keeps[0], memory)
+    assert 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     rng, generator = generators()
     view = base.lower(torch.from_numpy(run.world.shuffled(episodes.obs, rng)))[0]
@@ -960,7 +965,7 @@ def test_rollout_equals_the_whole_sequence(name, memory, temperature, threshold)
     code, gate = meta.integrate(residual, residual[..., :4], entry, threshold)
     gate = (gate > threshold).float()
     controlled = meta.control(residual, code)
-    output = base.head(base.upper(controlled, ir.memory_after(gate, memory))[0])
+    output = base.head(base.upper(controlled, ir.memory_after(gate, ir.shift_right(gate), memory))[0])
     wanted = action_distribution(base.head, output, temperature)
     expected = wanted.log_prob(result.action)
     surprise = (expected + wanted.entropy())[mask]
@@ -1231,12 +1236,13 @@ def test_ant_runs(tmp_path):
 
 def test_watching_a_trained_run(copied, capsys):
     """Each step shows the cells, the task with the visits done, the code in force, | where the gate opened; each
-    episode its end and a count. --gif writes an animation of it."""
+    episode where the last step led, its end and a count. --gif writes an animation of it."""
     flags = "--phase watch --fps 0 --watch_episodes 2 --gif".split()
     assert run_main(copied, *flags, str(copied / "a.gif")) == 0 and (copied / "a.gif").stat().st_size > 1000
     shown = capsys.readouterr().out
     steps = [int(n) for n in re.findall(r"^step (\d+), task \[?0\]? ", shown, re.M)]
-    assert steps.count(0) == 2 and len(re.findall(r"^[.|] code [0-3], gate [01]\.\d\d$", shown, re.M)) == len(steps)
+    codes = re.findall(r"^[.|] code [0-3], gate [01]\.\d\d$", shown, re.M)
+    assert steps.count(0) == 2 and len(codes) == len(steps) - 2
     assert len(re.findall(r"^([0-3#@*.] ){4}[0-3#@*.]$", shown, re.M)) == 5 * len(steps)
     assert f"{copied / 'run.pt'}" in shown and re.search(r"^2: (not )?solved, .*; solved [012] of 2$", shown, re.M)
     assert len(re.findall(r"^\| code", shown, re.M)) >= 2 and shown.count("solved,") == 2
@@ -1265,7 +1271,7 @@ def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     assert not typed or re.findall(r"^\| code (\d)", shown, re.M) == ["1", "2"]
     assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 3 --code 3".split()) == 0
     shown = capsys.readouterr().out
-    assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count("solved, 20 steps") == 3
+    assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count(": 20 steps") == 3
 
 
 def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_path, capsys, monkeypatch):
