@@ -586,12 +586,11 @@ class GridPinpad(PinpadEnv):
     def _observation(self) -> np.ndarray:
         return one_hot(self.world, self._batch.observe())[0]
 
-    def _picture(self, scale: int = 24) -> np.ndarray:
-        """RGB, (G*scale, G*scale, 3) uint8: colours, dark walls, the agent a black square."""
-        picture = cell_picture(self.world, self._batch.content[0], scale)
-        row, column = scale * np.array(divmod(self._batch.cell[0], self.world.size))
-        inset = scale // 4
-        picture[row + inset : row + scale - inset, column + inset : column + scale - inset] = 0
+    def _picture(self) -> np.ndarray:
+        """RGB, (24 G, 24 G, 3) uint8: colours, dark walls, the agent a black square."""
+        picture = cell_picture(self.world, self._batch.content[0], 24)
+        row, column = 24 * np.array(divmod(self._batch.cell[0], self.world.size))
+        picture[row + 6 : row + 18, column + 6 : column + 18] = 0
         return picture
 
 
@@ -635,11 +634,8 @@ def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np
 class AntBatch(Batch):
     """B episodes of ant pinpad that step together.
 
-    rng draws the start poses: anywhere in the cell, any yaw, joint angles and rates within 0.1 of standing still. An
-    episode also ends when the torso enters a wall cell or is too low or too high, and when the simulation diverges or
-    a torque is not finite. `roam` keeps these ends. What the paper leaves open: beyond the
-    grid everything belongs to the nearest cell, so that the border ends nothing, as on the grid; nor does lying upside
-    down, which the height does not show (see `upright`).
+    Starts, which rng draws, and ends are those that `AntPinpad` describes; a torque that is not finite is an end, too.
+    `roam` keeps these ends. Lying upside down ends nothing, as the height does not show it (see `upright`).
     """
 
     def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):

@@ -507,7 +507,7 @@ class Metacontroller(nn.Module):
         # The summary reads from the end to the start: position k of the reversed episode is count - k.
         reverse = (count[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
         backward = self.embedder(view.gather(1, reverse.expand_as(view)))[0]
-        summary = backward[torch.arange(len(view)), count][:, None].expand(-1, view.shape[1], -1)
+        summary = backward[torch.arange(len(view), device=view.device), count][:, None].expand(-1, view.shape[1], -1)
         history = shift_right(self.history(view)[0])
         return self.encoder(torch.cat([view, history, summary], dim=-1)).chunk(2, dim=-1)
 
@@ -1079,12 +1079,9 @@ def raw_rl(run: Run, base: BaseModel) -> BaseModel:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Here the method is complete. What follows measures it, draws it and runs it.
-# ----------------------------------------------------------------------------------------------------
-
-
-# ----------------------------------------------------------------------------------------------------
 # Measurements
+#
+# The method is complete. What follows measures it, draws it and runs it.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1315,7 +1312,7 @@ def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     for number, code in enumerate(codes):
         draw_code(axes[number], run, models, number, code)
     draw_curves(axes["curves"], seeds)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110))
     pyplot().close(figure)
 
 
@@ -1532,16 +1529,6 @@ TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
 
 
-def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) -> None:
-    """Raise Failure if a saved stage belongs to another config or seed."""
-    theirs = {"seed": content["seed"], **content["config"]}
-    for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
-        if theirs.get(field) != ours:
-            raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
-        if field == STAGES[name].last:
-            return
-
-
 def load_saved(run: Run, phase: str) -> Path:
     """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
@@ -1561,8 +1548,14 @@ def load_saved(run: Run, phase: str) -> Path:
             raise KeyError
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
-    for name, content in run.saved.items():
-        check_origin(run, name, content, path, "choose another --out" if own else "run --phase pretrain here first")
+    advice = "choose another --out" if own else "run --phase pretrain here first"
+    for name, content in run.saved.items():  # of another config or seed?
+        theirs = {"seed": content["seed"], **content["config"]}
+        for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
+            if theirs.get(field) != ours:
+                raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
+            if field == STAGES[name].last:
+                break
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
@@ -1719,11 +1712,10 @@ def make_config(args) -> Config:
 
 
 def make_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise Failure("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
+    return torch.device("cuda" if name != "cpu" and found else "cpu")
 
 
 def describe_machine() -> str:
