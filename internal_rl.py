@@ -134,7 +134,7 @@ class Config:
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
-    rl_kl_weight: Weight = 0.0  # departure: price of the policy's KL to the codes' prior, N(0, I)
+    rl_kl_weight: Weight = 0.01  # departure: price of the policy's KL to the codes' prior, N(0, I)
     rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
@@ -145,7 +145,7 @@ PAPER = replace(
     control_block=3, memory="full", pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
     discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0, policy_dim=256,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_kl_weight=0.0, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
@@ -1013,8 +1013,7 @@ class RawLearner:
 
     def assess(self, inputs, chosen):
         """Log-probabilities of the actions (N, K); there is no prior to stay close to."""
-        log_prob = self.model.head.log_prob(self.model.head(self.model(inputs)), chosen)
-        return log_prob, torch.zeros_like(log_prob)
+        return self.model.head.log_prob(self.model.head(self.model(inputs)), chosen), 0.0
 
 
 def terminal_advantage(reward):
@@ -1022,20 +1021,20 @@ def terminal_advantage(reward):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
 
 
-def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """PPO's clipped ratio, mean over decisions. log_prob, mask (N, K), advantage (N,) -> scalar."""
+def policy_loss(log_prob, old_log_prob, advantage, price, mask, clip: float):
+    """PPO's clipped ratio and a price, mean over decisions. log_prob, price, mask (N, K), advantage (N,) -> scalar."""
     ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(gain * mask).sum() / mask.sum()
+    return ((price - gain) * mask).sum() / mask.sum()
 
 
 def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus. Where `rl_kl_weight` is set, leaving the codes' prior has a price: few
-    successes may narrow the policy before its means are right. 3. the clipped ratio stays, as it allows several passes
+    the baseline. 2. no entropy bonus. Instead it costs the policy something to leave the codes' prior: else the few
+    successes of the first batches make it narrow before its means are right. 3. the clipped ratio stays, as it allows several passes
     over a batch; its bound is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
@@ -1055,8 +1054,7 @@ def reinforce(run: Run, phase: str, learner) -> None:
                 longest = int(batch.mask[index].sum(1).max())
                 inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
                 log_prob, kl = learner.assess(inputs, chosen)
-                loss = policy_loss(log_prob, old, advantage[index], mask, c.rl_clip)
-                loss = loss + c.rl_kl_weight * (kl * mask).sum() / mask.sum()
+                loss = policy_loss(log_prob, old, advantage[index], c.rl_kl_weight * kl, mask, c.rl_clip)
                 update(learner.model, loss, learner.optimiser)
         # log
         run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())

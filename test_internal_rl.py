@@ -1085,17 +1085,19 @@ def test_a_switch_close_to_a_change_is_a_hit(name, late, monkeypatch):
 
 def test_objective_by_hand():
     """A = (R - mean) / std: one success in four has mean 1/4, standard deviation sqrt(3)/4; no success, all zero.
-    The loss is -mean over decisions made of min(ratio A, clip(ratio) A), with the advantage of each sample."""
+    The loss is -mean over decisions made of min(ratio A, clip(ratio) A) - price, with the advantage of each sample."""
     expected = torch.tensor([0.75, -0.25, -0.25, -0.25]) / (math.sqrt(3) / 4 + 1e-3)
     assert torch.allclose(ir.terminal_advantage(torch.tensor([1.0, 0, 0, 0])), expected)
     assert not ir.terminal_advantage(torch.zeros(4)).any()
-    log_prob, old, advantage, made, gains = *torch.randn(2, 40, 4), torch.randn(40), [4, 2, 1, 3, 4] * 8, []
+    log_prob, old, price, advantage = *torch.randn(3, 40, 4), torch.randn(40)
+    made, gains = [4, 2, 1, 3, 4] * 8, []
     for n in range(40):
         for k in range(made[n]):
             ratio = math.exp(log_prob[n, k] - old[n, k])
-            gains.append(min(ratio * advantage[n].item(), min(max(ratio, 0.7), 1.3) * advantage[n].item()))
+            gain = min(ratio * advantage[n].item(), min(max(ratio, 0.7), 1.3) * advantage[n].item())
+            gains.append(gain - price[n, k].item())
     mask = (torch.arange(4) < torch.tensor(made)[:, None]).float()
-    found = built(ir.policy_loss(log_prob, old, advantage, mask, 0.3), "a scalar to minimise")
+    found = built(ir.policy_loss(log_prob, old, advantage, price, mask, 0.3), "a scalar to minimise")
     assert found.item() == pytest.approx(-np.mean(gains), rel=1e-4)
 
 
