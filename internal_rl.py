@@ -1034,8 +1034,8 @@ def reinforce(run: Run, phase: str, learner) -> None:
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
     the baseline. 2. no entropy bonus. Instead it costs the policy something to leave the codes' prior: else the few
-    successes of the first batches make it narrow before its means are right. 3. the clipped ratio stays, as it allows several passes
-    over a batch; its bound is wide, since the few successes of the first batches shall move the policy far.
+    successes of the first batches make it narrow before its means are right. 3. the clipped ratio stays, as it allows
+    several passes over a batch; its bound is wide, since those few successes shall move the policy far.
     """
     c = run.config
     rng, generator = run.start(phase)
