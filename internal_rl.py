@@ -1333,7 +1333,7 @@ def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float
                     axis.plot(x[t], y[t], "o", color=colours[number])
                 agent.set_data(x[t : t + 1], y[t : t + 1])
                 bar.set_width(gate)
-                if t % run.world.tolerance == 0:
+                if t % run.world.tolerance == 0 or t == len(frames) - 1:
                     writer.grab_frame()
                 axis.plot(x[t : t + 2], y[t : t + 2], color=colours[number])
     pyplot().close(figure)
