@@ -823,7 +823,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temp
         if done.any():  # drop the dead
             kept = run.tensor(~done)
             alive = alive[~done]
-            pilot.select(kept)
+            pilot.select(kept)  # before the batch: a viewer looks at it once more
             batch.select(~done)
             lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
         if not len(alive):
@@ -1386,9 +1386,9 @@ class Viewer(CodePilot):
         return controlled, opened
 
     def select(self, kept) -> None:
-        if not kept.any():  # the end: show where the last step led
-            self.show()
-            self.frames.append((self.batch.observe()[0], self.frames[-1][1], 0.0, False))
+        """The one episode has ended: show where the last step led."""
+        self.show()
+        self.frames.append((self.batch.observe()[0], self.frames[-1][1], 0.0, False))
         super().select(kept)
 
 
@@ -1412,9 +1412,11 @@ def watch(run: Run, args) -> int:
             result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
             solved += int(result.reward.item())
             visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
-            end = f"{number}: " + ("" if held else "solved, " if result.reward.item() else "not solved, ")
-            total = "" if held else f"; solved {solved} of {number}"
-            print(f"{end}{result.mask.sum()} steps, visits {visits}{total}\n")
+            line = f"{result.mask.sum()} steps, visits {visits}"
+            if not held:
+                end = "solved" if result.reward.item() else "not solved"
+                line = f"{end}, {line}; solved {solved} of {number}"
+            print(f"{number}: {line}\n")
     except (EOFError, KeyboardInterrupt):
         print("\nbye")
     seen = [frames for frames in episodes if frames]
@@ -1527,6 +1529,16 @@ TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
 
 
+def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) -> None:
+    """Raise Failure if a saved stage belongs to another config or seed."""
+    theirs = {"seed": content["seed"], **content["config"]}
+    for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
+        if theirs.get(field) != ours:
+            raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
+        if field == STAGES[name].last:
+            return
+
+
 def load_saved(run: Run, phase: str) -> Path:
     """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
@@ -1546,14 +1558,8 @@ def load_saved(run: Run, phase: str) -> Path:
             raise KeyError
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
-    advice = "choose another --out" if own else "run --phase pretrain here first"
-    for name, content in run.saved.items():  # of another config or seed?
-        theirs = {"seed": content["seed"], **content["config"]}
-        for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
-            if theirs.get(field) != ours:
-                raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
-            if field == STAGES[name].last:
-                break
+    for name, content in run.saved.items():
+        check_origin(run, name, content, path, "choose another --out" if own else "run --phase pretrain here first")
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")

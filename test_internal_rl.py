@@ -876,8 +876,8 @@ def test_discovery_loss_by_hand(name, charge):
     result = ir.discovery_loss(run, base, meta, episodes, *generators(), charge)
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask = found[0], torch.from_numpy(episodes.mask)
-    memory = ir.memory_after(gate, ir.shift_right(gate), "segment")
-    assert keeps[0] is None if charge < 1 else torch.equal(keeps[0], memory)
+    kept = (1 - gate) * (1 - ir.shift_right(gate))
+    assert keeps[0] is None if charge < 1 else torch.equal(keeps[0], kept)
     assert 0.02 < gate[:, 1:].mean() < 0.9
     entry = mask & torch.from_numpy(run.world.entries(episodes.obs)[:, :-1])
     rng, generator = generators()
