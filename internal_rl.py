@@ -122,9 +122,8 @@ class Config:
     shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
-    free_steps: Natural = 250  # departure: so long KL and openings cost nothing, then for as long ever more
+    free_steps: Natural = 250  # departure: so long the KL costs nothing, then for as long ever more
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
-    gate_price: Weight = 0.04  # departure: of each opening of the gate, in nats
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
@@ -144,7 +143,7 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, memory="full", pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, free_steps=0, kl_weight=0.17, gate_price=0.0, temperature=1.0, policy_dim=256,
+    discover_lr=1e-3, free_steps=0, kl_weight=0.17, temperature=1.0, policy_dim=256,
     rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_kl_weight=0.0, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
@@ -162,7 +161,7 @@ PRESETS = {
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=7000,
             discover_lr=2e-3, free_steps=3000, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3,
-            rl_kl_weight=0.02, eval_episodes=512,
+            eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
@@ -865,11 +864,10 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    The KL is that of every proposal, adopted or not: it pays to propose something only where the gate will open. An
-    opening has a price of its own. A proposal like the prior costs no KL, so the gate could stay half open for free
-    and mix such proposals in. charge, 0 to 1, is the share of KL and price that is charged. While it is below 1, the
-    steered blocks have no memory, so that the code must say everything; from then on they remember what they will
-    remember in phase 3. Gradients flow through the frozen upper blocks.
+    The KL is that of every proposal, adopted or not: it pays to propose something only where the gate will open.
+    charge, 0 to 1, is the share of it that is charged. While it is below 1, the steered blocks have no memory, so that
+    the code must say everything; from then on they remember what they will remember in phase 3. Gradients flow through
+    the frozen upper blocks.
     """
     mask = run.tensor(episodes.mask)
     residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
@@ -879,9 +877,8 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator
     features, _ = base.upper(meta.control(residual, code), keep)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()
-    opened = (gate * mask).sum(1).mean() - 1  # the first step is no opening
-    loss = nll + charge * (run.config.kl_weight * kl + run.config.gate_price * opened)
-    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": opened.item()}
+    gates = (gate * mask).sum(1).mean()
+    return nll + charge * (run.config.kl_weight * kl), {"nll": nll.item(), "kl": kl.item(), "gates": gates.item()}
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -1480,9 +1477,9 @@ class Run:
         if self.plan.get(self.phase):  # later stages take longer than typical by as much as this one does
             later = sum(self.plan[name] for name in stages[place:]) / self.plan[self.phase]
             whole = f", whole run {(left + later * (elapsed + left)) / 60:.1f} min"
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = f"{step / max(elapsed, 1e-9):,.3g} {unit}/s"
-        print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {numbers}  {speed}; left: "
+        print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {values}  {speed}; left: "
               f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
             with open(self.out / "metrics.csv", "a", newline="", encoding="utf-8") as file:

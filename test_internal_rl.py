@@ -834,10 +834,10 @@ def test_encoder_by_hand():
     {"world": "ant", "memory": "none"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, charge):
-    """The action loss alone (no KL, no price) gives every metacontroller parameter a gradient through the frozen base,
+    """The action loss alone (no KL) gives every metacontroller parameter a gradient through the frozen base,
     which gets none and is the same to the last bit after an update. Where the code does nothing yet, a gradient
     reaches the gate through the base's memory alone, if it has a memory of the segment."""
-    run, rng = make_run(**changes, kl_weight=0.0, gate_price=0.0), generators()[0]
+    run, rng = make_run(**changes, kl_weight=0.0), generators()[0]
     base, meta = ir.BaseModel(run.config).requires_grad_(False), ir.Metacontroller(run.config)
     episodes = run.world.episodes(12, rng)
     ir.discovery_loss(run, base, meta, episodes, *generators(), charge)[0].backward()
@@ -863,11 +863,11 @@ def test_code_kl_is_that_of_gaussians():
 @BOTH
 @pytest.mark.parametrize("charge", [0.3, 1.0])
 def test_discovery_loss_by_hand(name, charge):
-    """The loss is the action loss of the steered base plus a share of these two: kl_weight times the KL to N(0, I) of
-    the proposals, read off a shuffled view, and gate_price for each opening but the first, half of it for half a gate.
-    The encoder reads the entries and the last observation; the steps up to the next entry share its proposal, which
-    is charged once. Until all is charged the base has no memory at all; then it forgets as far as the gate opens."""
-    run = make_run(world=name, memory="segment", kl_weight=0.7, gate_price=0.2)
+    """The loss is the action loss of the steered base plus a share of kl_weight times the KL to N(0, I) of the
+    proposals, read off a shuffled view. The encoder reads the entries and the last observation; the steps up to the
+    next entry share its proposal, which is charged once. Until all is charged the base has no memory at all; then it
+    forgets as far as the gate opens."""
+    run = make_run(world=name, memory="segment", kl_weight=0.7)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
     meta.switch[2].bias.data += 3  # also ants, which seldom enter a cell, open the gate now and then
     upper, integrate, keeps, given, found = base.upper, meta.integrate, [], [], []
@@ -892,18 +892,17 @@ def test_discovery_loss_by_hand(name, charge):
             expected = mean + log_std.exp() * noise[i, t:until]
             assert torch.allclose(proposal[i, t:until], expected, atol=1e-5)
             kl += kl_divergence(Normal(mean, log_std.exp()), Normal(0.0, 1.0)).sum().item() / 12
-    price = 0.2 * (gate * mask)[:, 1:].sum().item() / 12
     controlled = meta.control(base.lower(torch.from_numpy(episodes.obs[:, :-1]))[0], code)
     nll = -base.head.log_prob(base.head(upper(controlled, keeps[0])[0]), torch.from_numpy(episodes.target))
-    expected = {"nll": (nll * mask).sum().item() / 12, "kl": kl, "gates": (gate * mask).sum().item() / 12 - 1}
+    expected = {"nll": (nll * mask).sum().item() / 12, "kl": kl, "gates": (gate * mask).sum().item() / 12}
     assert stats == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(expected["nll"] + charge * (0.7 * kl + price), rel=1e-4)
+    assert loss.item() == pytest.approx(expected["nll"] + charge * 0.7 * kl, rel=1e-4)
 
 
 def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
     """Each phase returns a model that has learned and is frozen, and leaves the models that it was given as they were:
-    raw-action RL trains a copy of the base. KL and price of openings are not charged for the first free_steps
-    steps of discovery, then ever more during as many."""
+    raw-action RL trains a copy of the base. The KL is not charged for the first free_steps steps of discovery, then
+    ever more during as many."""
     steps = {"discover_steps": 5, "free_steps": 2, "kl_weight": 0.2, "rl_batch": 64}
     run, seen, loss = make_run(**(SHORT | steps), rl_episodes=128), [], ir.discovery_loss
     monkeypatch.setattr(ir, "discovery_loss", lambda *a: seen.append(a[-1]) or loss(*a))
