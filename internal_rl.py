@@ -133,7 +133,6 @@ class Config:
     rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
-    rl_kl_weight: Weight = 0.01  # departure: price of the policy's KL to the codes' prior, N(0, I)
     rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
 
@@ -144,7 +143,7 @@ PAPER = replace(
     control_block=3, memory="full", pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
     discover_lr=1e-3, free_steps=0, kl_weight=0.17, temperature=1.0, policy_dim=256,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_kl_weight=0.0, rl_clip=0.2, raw_lr=3e-5,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
@@ -907,8 +906,11 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at switches, then a Gaussian.
 
-    At first it is the codes' prior, N(0, I).
+    At first it is the codes' prior, N(0, I). Its deviations stay above 0.1: the few successes of the first batches
+    would make it narrow before its means are right, and the narrower it is, the less it learns about other codes.
     """
+
+    LEAST_LOG_STD = -2.3
 
     def __init__(self, c: Config):
         super().__init__()
@@ -920,7 +922,8 @@ class Policy(nn.Module):
     def forward(self, residual, state=None):
         """residual (B, K, D) at K successive switches -> mean, log_std (B, K, Z), state (1, B, policy_dim)."""
         x, state = self.memory(F.rms_norm(residual, residual.shape[-1:]), state)
-        return *self.head(x).chunk(2, dim=-1), state
+        mean, log_std = self.head(x).chunk(2, dim=-1)
+        return mean, log_std.clamp_min(self.LEAST_LOG_STD), state
 
 
 class Decisions(NamedTuple):
@@ -979,10 +982,10 @@ class InternalLearner:
         result = rollout(self.run, self.base, pilot, batch, generator, self.run.config.temperature)
         return Decisions(*codes.tables, result.reward), result.reward.mean().item()
 
-    def assess(self, inputs, chosen):
-        """Log-probabilities of the decisions, and the policy's KL to the codes' prior at each: (N, K), (N, K)."""
+    def log_prob(self, inputs, chosen):
+        """Of each decision, (N, K)."""
         mean, log_std, _ = self.model(inputs)
-        return gaussian_log_prob(chosen, mean, log_std), code_kl(mean, log_std)
+        return gaussian_log_prob(chosen, mean, log_std)
 
 
 class RawLearner:
@@ -1008,9 +1011,9 @@ class RawLearner:
         kept[failed[torch.randperm(len(failed), generator=generator, device=failed.device)[: self.FAILURES]]] = True
         return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
 
-    def assess(self, inputs, chosen):
-        """Log-probabilities of the actions (N, K); there is no prior to stay close to."""
-        return self.model.head.log_prob(self.model.head(self.model(inputs)), chosen), 0.0
+    def log_prob(self, inputs, chosen):
+        """Of each action, (N, K)."""
+        return self.model.head.log_prob(self.model.head(self.model(inputs)), chosen)
 
 
 def terminal_advantage(reward):
@@ -1018,21 +1021,20 @@ def terminal_advantage(reward):
     return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
 
 
-def policy_loss(log_prob, old_log_prob, advantage, price, mask, clip: float):
-    """PPO's clipped ratio and a price, mean over decisions. log_prob, price, mask (N, K), advantage (N,) -> scalar."""
+def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
+    """PPO's clipped ratio, mean over decisions. log_prob, old_log_prob, mask (N, K), advantage (N,) -> scalar."""
     ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return ((price - gain) * mask).sum() / mask.sum()
+    return -(gain * mask).sum() / mask.sum()
 
 
 def reinforce(run: Run, phase: str, learner) -> None:
     """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
 
     What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus. Instead it costs the policy something to leave the codes' prior: else the few
-    successes of the first batches make it narrow before its means are right. 3. the clipped ratio stays, as it allows
-    several passes over a batch; its bound is wide, since those few successes shall move the policy far.
+    the baseline. 2. no entropy bonus. 3. the clipped ratio stays, as it allows several passes over a batch; its bound
+    is wide, since the few successes of the first batches shall move the policy far.
     """
     c = run.config
     rng, generator = run.start(phase)
@@ -1050,8 +1052,7 @@ def reinforce(run: Run, phase: str, learner) -> None:
             for index in order.chunk(c.rl_minibatches):
                 longest = int(batch.mask[index].sum(1).max())
                 inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                log_prob, kl = learner.assess(inputs, chosen)
-                loss = policy_loss(log_prob, old, advantage[index], c.rl_kl_weight * kl, mask, c.rl_clip)
+                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
                 update(learner.model, loss, learner.optimiser)
         # log
         run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
