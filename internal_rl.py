@@ -151,7 +151,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free_steps=900, rl_episodes=300_000, rl_batch=4096,
+            discover_lr=3e-3, free_steps=900, kl_weight=0.1, rl_episodes=300_000, rl_batch=4096,
         ),
         "paper": PAPER,
     },
