@@ -105,7 +105,7 @@ class Config:
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for what Muon does not train (paper: 3e-4)
-    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates fall along a cosine, until RL
+    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump; up to half of the episodes start on a colour
     # check: one controller per ground-truth subgoal
@@ -151,7 +151,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free_steps=900, kl_weight=0.1, rl_episodes=300_000, rl_batch=4096,
+            discover_lr=3e-3, free_steps=900, kl_weight=0.1, rl_episodes=200_000,
         ),
         "paper": PAPER,
     },
@@ -1038,8 +1038,10 @@ def reinforce(run: Run, phase: str, learner) -> None:
     """
     c = run.config
     rng, generator = run.start(phase)
-    curve, episodes = run.curves.setdefault(phase, []), 0
+    curve, episodes, peak = run.curves.setdefault(phase, []), 0, learner.optimiser.param_groups[0]["lr"]
     while episodes < c.rl_episodes:
+        if c.fast_optimiser:  # the rate falls linearly: what is left of the batches' noise settles
+            learner.optimiser.param_groups[0]["lr"] = peak * (1 - episodes / c.rl_episodes)
         # collect
         batch, success = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch
