@@ -1040,8 +1040,8 @@ def reinforce(run: Run, phase: str, learner) -> None:
     rng, generator = run.start(phase)
     curve, episodes, peak = run.curves.setdefault(phase, []), 0, learner.optimiser.param_groups[0]["lr"]
     while episodes < c.rl_episodes:
-        if c.fast_optimiser:  # the rate falls linearly: what is left of the batches' noise settles
-            learner.optimiser.param_groups[0]["lr"] = peak * (1 - episodes / c.rl_episodes)
+        if c.fast_optimiser:  # in the second half the rate falls: what is left then is mostly the batches' noise
+            learner.optimiser.param_groups[0]["lr"] = peak * min(1, 2 - 2 * episodes / c.rl_episodes)
         # collect
         batch, success = learner.collect(c.rl_batch, rng, generator)
         episodes += c.rl_batch
