@@ -7,7 +7,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
     world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (here: if obs is cells)
-    world.entries(obs)              * at which steps it reads, and the gate may open
+    world.is_entry(obs)             * at which steps it reads, and the gate may open
     world.expert_success(count)     of the post-training task
     world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
@@ -79,8 +79,8 @@ class World:
     walls: int  # W
     limit: int  # T: an episode that is not solved after this many steps ends with reward 0
     subgoals: tuple[tuple[int, ...], ...]  # the colours of each subgoal ("abstract action")
-    pretrain: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
-    post: tuple[int, ...]  # the task of reinforcement learning
+    pretrain_tasks: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
+    rl_task: tuple[int, ...]  # the task of reinforcement learning
     jumps: float = 0.0  # chance per step that a training episode goes on from another cell (departure)
     threads: int = 1  # of the simulation; no result depends on it
 
@@ -96,7 +96,7 @@ class World:
                 f"colours={self.colours} and walls={self.walls} and the agent do not fit in size={self.size} "
                 f"({self.size**2} cells)"
             )
-        for task in (*self.pretrain, self.post):
+        for task in (*self.pretrain_tasks, self.rl_task):
             if not task or any(not 0 <= colour < self.colours for colour in task):
                 raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{self.colours - 1}")
             if any(a == b for a, b in zip(task[:-1], task[1:])):
@@ -110,7 +110,7 @@ class World:
     @property
     def counting_success(self) -> float:
         """Success of choosing among the subgoals at random: (1 / subgoals) ** (subgoals in the task)."""
-        return len(self.subgoals) ** -(len(self.post) / len(self.subgoals[0]))
+        return len(self.subgoals) ** -(len(self.rl_task) / len(self.subgoals[0]))
 
     def subgoal_of(self, goal: np.ndarray) -> np.ndarray:
         """Index of the subgoal that each colour belongs to, -1 for -1."""
@@ -126,12 +126,12 @@ class World:
 
     def batch(self, count: int, rng, roam=False) -> Batch:
         """`count` episodes of the post-training task on random solvable layouts, to act in."""
-        layout, tasks, _ = solvable_layouts(self, [self.post], count, rng)
+        layout, tasks, _ = solvable_layouts(self, [self.rl_task], count, rng)
         return self.start(layout, tasks, rng, roam)
 
     def scattered(self, count: int, rng) -> Batch:
         """`count` episodes on one layout, each from any free cell; visits end nothing."""
-        layout, tasks, _ = solvable_layouts(self, [self.post], 1, rng)
+        layout, tasks, _ = solvable_layouts(self, [self.rl_task], 1, rng)
         *layout, tasks = (np.repeat(part, count, axis=0) for part in (*layout, tasks))
         batch = self.start(Layout(*layout), tasks, rng, roam=True)
         batch.place(batch.rows, one_of(batch.content < 0, rng))
@@ -143,15 +143,15 @@ class World:
         Jumps: with chance `jumps` a step is followed by a jump to a random free cell, and half of the episodes try to
         start on a random colour: not the goal's, and there must be a way. Targets are the expert's actions everywhere.
         """
-        return self.simulate(self.pretrain, count, rng, self.jumps)[0]
+        return self.simulate(self.pretrain_tasks, count, rng, self.jumps)[0]
 
     def held_out(self, count: int) -> Episodes:
         """Trajectories without jumps for evaluation, ants simulated: the same for every seed, never trained on."""
-        return self.simulate(self.pretrain, count, np.random.default_rng(10**9))[0]
+        return self.simulate(self.pretrain_tasks, count, np.random.default_rng(10**9))[0]
 
     def expert_success(self, count: int) -> float:
         """The expert's success on solvable post-training layouts."""
-        return self.simulate([self.post], count, np.random.default_rng(10**9 + 1))[1]
+        return self.simulate([self.rl_task], count, np.random.default_rng(10**9 + 1))[1]
 
     def floor(self, episodes: Episodes) -> float | None:
         """Loss of the best possible predictor of the expert, nats per episode; None where it is not known."""
@@ -245,7 +245,7 @@ class Batch:
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
         self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
         self.time = np.zeros(B, dtype=np.int64)
-        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry: as `entries` says
+        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry: as `is_entry` says
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -305,54 +305,6 @@ class Batch:
     def place(self, index: np.ndarray, cell: np.ndarray) -> None:
         """Put the agents of the episodes `index` on these cells."""
         self.cell[index] = cell
-
-
-class PinpadEnv(gym.Env):
-    """What the two Gymnasium environments share: a `Batch` of one episode of `self.world`.
-
-    ## Reward
-    1 when the last colour of the task is visited in order, else 0. Neither the task nor the history of visits is in
-    the observation.
-
-    ## Start
-    Colours, walls and agent on distinct cells, uniformly. Layouts are not checked for solvability unless
-    `reset(options={"solvable": True})`.
-
-    ## End
-    Terminates when the task is solved, when a wrong colour is visited, and after `limit` steps: the limit is part of
-    the task. Never truncates. `info["subgoal"]` is the true subgoal: for evaluation only.
-    """
-
-    def __init__(self, world: World, render_mode: str | None):
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
-        self.world, self.render_mode = world, render_mode
-        self._batch: Batch | None = None
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if (options or {}).get("solvable"):
-            layout = solvable_layouts(self.world, [self.world.post], 1, self.np_random)[0]
-        else:
-            layout = sample_layouts(self.world, 1, self.np_random)
-        self._batch = self.world.start(layout, pad_tasks([self.world.post]), self.np_random)
-        return self._observation(), self._info()
-
-    def step(self, action):
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before step()")
-        _, reward, done = self._batch.step(np.asarray(action)[None])
-        return self._observation(), float(reward[0]), bool(done[0]), False, self._info()
-
-    def render(self):
-        if self._batch is None:
-            raise gym.error.ResetNeeded("call reset() before render()")
-        if self.render_mode == "ansi":
-            return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
-        return self._picture() if self.render_mode == "rgb_array" else None
-
-    def _info(self) -> dict:
-        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
 
 
 COLOURS = np.array([
@@ -474,21 +426,29 @@ class GridBatch(Batch):
         return self.arrive(np.where(wall, self.cell, target))
 
     def observe(self) -> np.ndarray:
-        """Cell of every colour, every wall and the agent, (B, O + W + 1): where `one_hot` has its ones."""
+        """Cell of every colour, every wall and the agent, (B, O + W + 1): where the paper's one-hots have their ones."""
         return np.concatenate([self.things, self.cell[:, None]], axis=1)
 
+    def paper_observation(self) -> np.ndarray:
+        """Per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
+        ones = self.observe()[:, None] == np.arange(self.world.size**2)[:, None]  # (B, G*G, O+W+1)
+        return ones.reshape(len(self), -1).astype(np.float32)
 
-def one_hot(world: World, obs: np.ndarray) -> np.ndarray:
-    """The paper's observation: per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
-    ones = obs[:, None] == np.arange(world.size**2)[:, None]  # (B, G*G, O+W+1)
-    return ones.reshape(len(obs), -1).astype(np.float32)
+    def draw(self, picture: np.ndarray) -> None:
+        """The agent of episode 0 as a black square."""
+        scale = len(picture) // self.world.size
+        row, column = scale * np.array(divmod(self.cell[0], self.world.size)) + scale // 4
+        picture[row : row + scale // 2, column : column + scale // 2] = 0
 
 
 @dataclass(frozen=True)
 class GridWorld(World):
     """Grid pinpad. An observation is the cells of colours, walls and agent: F = O + W + 1 integers."""
 
-    kind = "grid"
+    kind, fps = "grid", 4
+
+    def spaces(self):
+        return gym.spaces.Discrete(4), gym.spaces.Box(0.0, 1.0, (self.size**2 * self.objects,), np.float32)
 
     def start(self, layout: Layout, tasks, rng, roam=False) -> GridBatch:
         return GridBatch(self, layout, tasks, rng, roam)
@@ -504,7 +464,7 @@ class GridWorld(World):
         p = np.take_along_axis(p, episodes.target[..., None], axis=-1)[..., 0]
         return float(-(np.log(p) * episodes.mask).sum() / len(episodes.mask))
 
-    def entries(self, obs: np.ndarray) -> np.ndarray:
+    def is_entry(self, obs: np.ndarray) -> np.ndarray:
         """All steps, also those that bump into something, (N, T)."""
         return np.ones(obs.shape[:2], dtype=bool)
 
@@ -519,7 +479,7 @@ def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
     The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the expert's likelihood of the moves so
     far, over the tasks that can be solved on this layout. For episodes without jumps.
     """
-    tasks = pad_tasks(world.pretrain)
+    tasks = pad_tasks(world.pretrain_tasks)
     (N, T), K = episodes.mask.shape, len(tasks)
     first, agent = episodes.obs[:, 0], episodes.obs[..., -1]
     layout = Layout(first[:, : world.colours], first[:, world.colours : -1], first[:, -1])
@@ -542,56 +502,6 @@ def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
             posterior *= ~visit[:, None] | (goals == episodes.goal[:, t, None])
             stage += visit
     return result * episodes.mask[..., None]  # what was computed for the padding means nothing
-
-
-class GridPinpad(PinpadEnv):
-    """Grid pinpad: visit the colours of a hidden task in order.
-
-    ## Description
-    A size x size grid with `colours` coloured cells and `walls` walls at random places. A coloured cell is
-    visited when the agent moves onto it from another cell. Defaults: the paper's 7x7 post-training task.
-
-    ## Action
-    Discrete(4): 0 up, 1 down, 2 left, 3 right. A move into a wall or out of the grid does nothing.
-
-    ## Observation
-    Box of 0s and 1s, (size * size * (colours + walls + 1),), row-major over cells, then channels:
-
-    | channel | meaning |
-    |---|---|
-    | 0 .. colours - 1 | this colour lies on the cell |
-    | colours .. colours + walls - 1 | this wall stands on the cell |
-    | colours + walls | the agent is on the cell |
-
-    Reward, start and end: see `PinpadEnv`.
-
-    ## Arguments
-    size, colours, walls, limit, task (a sequence of colours), render_mode ("ansi" or "rgb_array").
-    """
-
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
-
-    def __init__(self, size=7, colours=8, walls=4, limit=100, task=None, render_mode=None):
-        task = WORLDS["paper"].post if task is None else tuple(task)
-        subgoals = PAIRS if colours == 8 else tuple((c,) for c in range(colours))
-        super().__init__(GridWorld(size, colours, walls, limit, subgoals, (task,), task), render_mode)
-        self.action_space = gym.spaces.Discrete(4)
-        self.observation_space = gym.spaces.Box(0.0, 1.0, (size * size * self.world.objects,), np.float32)
-
-    def step(self, action):
-        if not self.action_space.contains(action):
-            raise ValueError(f"action={action!r} must be an integer 0..3")
-        return super().step(action)
-
-    def _observation(self) -> np.ndarray:
-        return one_hot(self.world, self._batch.observe())[0]
-
-    def _picture(self) -> np.ndarray:
-        """RGB, (24 G, 24 G, 3) uint8: colours, dark walls, the agent a black square."""
-        picture = cell_picture(self.world, self._batch.content[0], 24)
-        row, column = 24 * np.array(divmod(self._batch.cell[0], self.world.size))
-        picture[row + 6 : row + 18, column + 6 : column + 18] = 0
-        return picture
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -688,6 +598,16 @@ class AntBatch(Batch):
         parts = [symlog, xy / half, things.reshape(len(self), -1) / half, local / (CELL / 2)]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
+    paper_observation = observe
+
+    def draw(self, picture: np.ndarray) -> None:
+        """The ant of episode 0 as black discs: its torso, and where it is heading."""
+        (x, y), yaw, metres = self.state[0, XY], yaw_of(self.state[0]), CELL * self.world.size / len(picture)
+        row, column = metres * (0.5 + np.mgrid[: len(picture), : len(picture)]) - self.world.half
+        for ahead, radius in ((0, 0.25), (0.3, 0.1)):
+            dx, dy = column - x - ahead * np.cos(yaw), row + y + ahead * np.sin(yaw)  # row 0 is the largest y
+            picture[dx**2 + dy**2 < radius**2] = 0
+
 
 # ----------------------------------------------------------------------------------------------------
 # The ant's expert, a scripted trot
@@ -754,7 +674,7 @@ def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
     layout = sample_layouts(world, 256, rng)
 
     def start() -> AntBatch:
-        return AntBatch(world, layout, pad_tasks([world.post] * 256), rng)
+        return AntBatch(world, layout, pad_tasks([world.rl_task] * 256), rng)
 
     batch, kept, made, t = start(), [], 0, 0
     direction = rng.uniform(-np.pi, np.pi, 256)
@@ -820,8 +740,13 @@ class AntWorld(World):
     noise: float = 0.05  # deviation of the noise on the torques while the expert walks
     spliced: bool = False  # no simulation: a step is one decision, see `SplicedBatch`
 
-    kind = "ant"
-    tolerance = 5
+    kind, fps, tolerance = "ant", 20, 5
+
+    def spaces(self):
+        # No number gets larger: the largest are those of an ant LARGEST metres off the grid, in half cells.
+        bound = 2 * LARGEST / CELL
+        observation = gym.spaces.Box(-bound, bound, (self.parts["local"].stop,), np.float32)
+        return gym.spaces.Box(-1.0, 1.0, (8,), np.float32), observation
 
     @functools.cached_property
     def centres(self) -> np.ndarray:
@@ -869,7 +794,7 @@ class AntWorld(World):
         view[..., self.parts["things"]] = (things - xy[..., None, :]).reshape(*obs.shape[:-1], -1)
         return view
 
-    def entries(self, obs: np.ndarray) -> np.ndarray:
+    def is_entry(self, obs: np.ndarray) -> np.ndarray:
         """Steps that lead into another cell, and the first, (N, T)."""
         cell = self.cells(obs)[..., -1]
         return np.append(np.ones((len(obs), 1), bool), cell[:, 1:] != cell[:, :-1], axis=1)
@@ -883,74 +808,6 @@ class AntWorld(World):
         xy, things = obs[..., None, self.parts["xy"]], obs[..., self.parts["things"]]
         things = xy + things.reshape(*things.shape[:-1], -1, 2)
         return (1 + np.concatenate([things, xy], axis=-2) * (1, -1)) * self.size / 2
-
-
-class AntPinpad(PinpadEnv):
-    """Ant pinpad: visit the colours of a hidden task in order, as MuJoCo's four-legged ant.
-
-    ## Description
-    A plane of size x size cells of 1.25 m with `colours` coloured cells and `walls` wall cells at random places. A
-    coloured cell is visited when the torso's centre enters it from another cell. Defaults: the paper's 4x4
-    post-training task. One step is 0.05 s.
-
-    ## Action
-    Box(-1, 1, (8,)): torques of hip_4, ankle_4, hip_1, ankle_1, hip_2, ankle_2, hip_3, ankle_3; clipped.
-
-    ## Observation
-    Box, (31 + 2 (colours + walls),) float32; 41 numbers by default. n is colours + walls:
-
-    | index | part (`AntWorld.parts`) | meaning |
-    |---|---|---|
-    | 0 | height | symlog of the torso's z |
-    | 1 .. 4 | orientation | symlog of the torso's quaternion w, x, y, z |
-    | 5 .. 12 | joints | symlog of hip and ankle angles of legs 1, 2, 3, 4 |
-    | 13 .. 26 | velocity | symlog of the torso's velocity (3), turning rates (3), joint rates (8) |
-    | 27, 28 | xy | torso's x, y; the grid is [-1, 1] |
-    | 29 .. 28 + 2n | things | centre of each colour, then wall, minus torso: x, y; in half grids, like xy |
-    | the last 2 | local | torso's x, y in its cell; the cell is [-1, 1] |
-
-    Reward, start and end: see `PinpadEnv`. The ant starts anywhere in its cell, with any yaw, joint angles and rates
-    within 0.1 of standing still. An episode also ends when a wall cell is entered, when the torso is lower than 0.2 m
-    or higher than 1.0 m, and when the simulation diverges. Off the grid the ant counts as in the nearest cell.
-
-    ## Arguments
-    size, colours, walls, limit, task (a sequence of colours), render_mode ("ansi" or "rgb_array").
-    """
-
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 20}
-
-    def __init__(self, size=4, colours=4, walls=1, limit=500, task=None, render_mode=None):
-        task = WORLDS["ant"].post if task is None else tuple(task)
-        singles = tuple((c,) for c in range(colours))
-        super().__init__(AntWorld(size, colours, walls, limit, singles, (task,), task), render_mode)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (8,), np.float32)
-        # No number gets larger: the largest are those of an ant LARGEST metres off the grid, in half cells.
-        bound, width = 2 * LARGEST / CELL, self.world.parts["local"].stop
-        self.observation_space = gym.spaces.Box(-bound, bound, (width,), np.float32)
-
-    def step(self, action):
-        if np.shape(action) != (8,):
-            raise ValueError(f"action={action!r} must be 8 torques")
-        return super().step(action)
-
-    def _observation(self) -> np.ndarray:
-        return self._batch.observe()[0]
-
-    def _picture(self) -> np.ndarray:
-        """The cells seen from above, 48 pixels wide, and the ant as black discs: its torso, and along each leg."""
-        picture, state = cell_picture(self.world, self._batch.content[0], 48), self._batch.state[0]
-        metres = (np.arange(len(picture)) + 0.5) / 48 * CELL - self.world.half
-        hip, ankle = state[JOINTS].reshape(4, 2).T
-        # The plane as complex numbers; ant.xml's legs: torso to hip, hip to ankle, twice that from ankle to foot.
-        towards = np.hypot(0.2, 0.2) * np.exp(1j * (LEG_AZIMUTH + yaw_of(state)))
-        upper = towards * np.exp(1j * hip)
-        joints = np.cumsum([0 * towards, towards, upper, 2 * np.cos(ankle) * upper], axis=0)  # (4 joints, 4 legs)
-        along = np.linspace(0, 1, 8)[:, None, None]
-        legs = (joints[:-1] + along * np.diff(joints, axis=0)).reshape(-1)
-        for place, radius in [(0, 0.25), *((place, 0.05) for place in legs)]:
-            dx, dy = metres - state[1] - place.real, -metres - state[2] - place.imag  # row 0 is the largest y
-            picture[dx[None] ** 2 + dy[:, None] ** 2 < radius**2] = 0
-        return picture
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -981,5 +838,93 @@ WORLDS = {
     "ant-simulated": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3), decisions=0),
 }
 
-gym.register(id="InternalRL/GridPinpad-v0", entry_point=GridPinpad, nondeterministic=False)
-gym.register(id="InternalRL/AntPinpad-v0", entry_point=AntPinpad, nondeterministic=False)
+
+# ----------------------------------------------------------------------------------------------------
+# Gymnasium
+# ----------------------------------------------------------------------------------------------------
+
+
+class PinpadEnv(gym.Env):
+    """Visit the coloured cells of a hidden task in order: a `Batch` of one episode.
+
+    ## Description
+    A grid of size x size cells with `colours` coloured cells and `walls` walls at random places, all distinct. A colour
+    is visited when the agent moves onto its cell from another one. Defaults: the paper's post-training tasks. The
+    ant's cells are 1.25 m wide, a step is 0.05 s, and what counts is the cell of its torso's centre.
+
+    ## Action
+    Grid: Discrete(4): 0 up, 1 down, 2 left, 3 right; a move into a wall or out of the grid does nothing. Ant:
+    Box(-1, 1, (8,)): torques of hip_4, ankle_4, hip_1, ankle_1, hip_2, ankle_2, hip_3, ankle_3; clipped.
+
+    ## Observation
+    Grid: 0s and 1s, (size * size * (colours + walls + 1),), row-major over cells, then a one-hot of what is there:
+    colours, walls, agent. Ant: (31 + 2 n,), 41 numbers by default, where n is colours + walls:
+
+    | index | part (`AntWorld.parts`) | meaning |
+    |---|---|---|
+    | 0 | height | symlog of the torso's z |
+    | 1 .. 4 | orientation | symlog of the torso's quaternion w, x, y, z |
+    | 5 .. 12 | joints | symlog of hip and ankle angles of legs 1, 2, 3, 4 |
+    | 13 .. 26 | velocity | symlog of the torso's velocity (3), turning rates (3), joint rates (8) |
+    | 27, 28 | xy | torso's x, y; the grid is [-1, 1] |
+    | 29 .. 28 + 2n | things | centre of each colour, then wall, minus torso: x, y; in half grids, like xy |
+    | the last 2 | local | torso's x, y in its cell; the cell is [-1, 1] |
+
+    ## Reward, start and end
+    1 when the last colour of the task is visited, else 0. Neither the task nor the visits are in the observation;
+    `info["subgoal"]` is the true one, for evaluation only. Layouts may be unsolvable unless
+    `reset(options={"solvable": True})`. The ant starts anywhere in its cell, with any yaw, joint angles and rates
+    within 0.1 of standing still. Terminates when the task is solved, when a wrong colour is visited, and after `limit`
+    steps, which are part of the task; an ant's episode also when a wall is entered, when the torso is lower than 0.2 m
+    or higher than 1.0 m, and when the simulation diverges. Never truncates.
+
+    ## Arguments
+    render_mode ("ansi" or "rgb_array"), task (a sequence of colours), size, colours, walls, limit.
+    """
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(self, world: str, render_mode=None, task=None, **sizes):
+        if render_mode not in (None, "ansi", "rgb_array"):
+            raise ValueError(f"render_mode={render_mode!r} must be None, 'ansi' or 'rgb_array'")
+        base = WORLDS[world]
+        task = base.rl_task if task is None else tuple(task)
+        subgoals = tuple((c,) for c in range(sizes["colours"])) if "colours" in sizes else base.subgoals
+        self.world = replace(base, rl_task=task, pretrain_tasks=(task,), subgoals=subgoals, **sizes)
+        self.metadata, self.render_mode = self.metadata | {"render_fps": base.fps}, render_mode
+        self.action_space, self.observation_space = self.world.spaces()
+        self._batch: Batch | None = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if (options or {}).get("solvable"):
+            layout = solvable_layouts(self.world, [self.world.rl_task], 1, self.np_random)[0]
+        else:
+            layout = sample_layouts(self.world, 1, self.np_random)
+        self._batch = self.world.start(layout, pad_tasks([self.world.rl_task]), self.np_random)
+        return self._batch.paper_observation()[0], self._info()
+
+    def step(self, action):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        if np.shape(action) != self.action_space.shape or (self.world.kind == "grid" and action not in range(4)):
+            raise ValueError(f"action={action!r} must be of {self.action_space}")
+        _, reward, done = self._batch.step(np.asarray(action)[None])
+        return self._batch.paper_observation()[0], float(reward[0]), bool(done[0]), False, self._info()
+
+    def render(self):
+        if self._batch is None:
+            raise gym.error.ResetNeeded("call reset() before render()")
+        if self.render_mode == "ansi":
+            return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
+        if self.render_mode == "rgb_array":
+            picture = cell_picture(self.world, self._batch.content[0], 48)
+            self._batch.draw(picture)
+            return picture
+
+    def _info(self) -> dict:
+        return {"subgoal": int(self._batch.subgoal()[0]), "visits": int(self._batch.stage[0])}
+
+
+for name, world in (("Grid", "paper"), ("Ant", "ant")):
+    gym.register(f"InternalRL/{name}Pinpad-v0", PinpadEnv, nondeterministic=False, kwargs={"world": world})

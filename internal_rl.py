@@ -1,57 +1,71 @@
 """Internal RL: reinforcement learning inside a frozen sequence model (arXiv 2512.20605), on a laptop CPU.
 
-    python internal_rl.py --env grid                      # preset `classroom`: everything, from nothing
+    python internal_rl.py --env grid                      # everything, from nothing, on a small grid
     python internal_rl.py --env grid --preset laptop      # the paper's 7x7 task, a model sized for a CPU
     python internal_rl.py --env ant                       # the paper's ant
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
-Three phases, in the order of this file:
+The problem. An agent must visit six colours in the right order. It is not told the order, and the only reward comes
+after the last visit. RL needs a first success to learn from, and must find it by chance:
 
-    1. pretrain: the base model learns to predict the actions of experts whose goals are hidden. Then it is frozen.
+    random moves:   about 20 moves in a row must be right, each one of 4:   (1/4)^20 = 1 in 1,000,000,000,000 episodes
+    random codes:   6 codes in a row must be right, each one of 4:          (1/4)^6  = 1 in 4,096 episodes
+
+A *code* is a few numbers that make a trained model walk to one colour. Nobody tells the model what the codes are: it
+finds them in trajectories of experts. This takes three phases, in the order of this file:
+
+    1. pretrain: a sequence model, the *base*, learns to predict the next action of experts whose goals are hidden.
+       Then it is frozen. The vector that its layers pass on is the *residual stream*.
 
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
-    2. discover: the metacontroller learns to steer the frozen base. Its encoder sees the whole episode, future
-       included, but with the cells exchanged at random ("shuffled"). Its gate sees the real past.
+    2. discover: a second model, the *metacontroller*, learns to steer the frozen base. An encoder sees the whole
+       episode, its future included, and proposes a code at each step. A *gate* sees the past alone and decides when
+       a proposed code replaces the code in force. The code becomes a matrix U_t, which acts between the blocks.
 
-       episode, shuffled -> [encoder] -> proposal z~_t
-                                             |
-       residual e_t -> [gate] beta_t = 1: adopt the proposal, 0: keep the code -> code z_t -> [decoder] -> U_t
-                                                                                                            |
-       observation o_t -> [lower blocks] -> residual e_t ----------------- e_t + U_t e_t -> [upper blocks] -> a_t
+       whole episode, its cells exchanged at random -> [encoder] -> proposal z~_t
+                                                                       |
+       residuals e_1 ... e_t -> [gate] beta_t  1: adopt the proposal, 0: keep the code
+                                                                       |
+                                                                    code z_t -> [decoder] -> U_t
+                                                                                              |
+       observation o_t -> [lower blocks] -> residual e_t ----------------------------- e_t + U_t e_t -> [upper] -> a_t
 
-    3. rl: a causal policy takes the encoder's place. Its actions are codes, one for each opening of the gate, and it
-       learns a longer task from one reward at the very end. Everything else is frozen.
+    3. rl: a policy takes the encoder's place. Its actions are codes, one for each opening of the gate. It learns a
+       longer task from one reward at the very end. Everything else is frozen.
 
        residual e_t, where the gate opens -> [policy] -> code z, held until the gate opens again
 
-A run prints how far the base is from the best possible predictor, how well ground-truth controllers steer it, a raster
-of true subgoals over switch marks, the learning curve, and a block of `key: value` lines. It writes run.pt (its
-models), metrics.csv, config.json, results.json and a picture to --out. Run it again to resume after an interruption.
+A run writes its models to --out, with its measurements and a picture. Run it again to resume after an interruption.
 
-Glossary (B or N episodes, T steps, F numbers in an observation, D width of the residual stream, R rank of controllers;
-Z, H, S sizes of code, history and summary; K is said where it occurs)
+Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z numbers in a code, H in a
+history or summary, R rank of a controller, M matrices that a controller is mixed from, K decisions of an episode)
 
     here              paper    shape        meaning                                                    where
-    residual          e_t      (B, T, D)    residual stream of the base after block `control_block`    Eq. 1
-    history           h_t      (B, T, H)    GRU over e_1..e_t; the encoder's: over the shuffled copy   App. D.2
-    summary           s        (B, S)       embedding of the whole (shuffled) episode                  App. D.2
-    mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the code proposal              Eq. 11-18
+    residual          e_t      (B, T, D)    what the base's blocks pass on, after `control_block`      Eq. 1
+    history           h_t      (B, T, H)    recurrent summary of e_1 ... e_t                           App. D.2
+    summary           s        (B, H)       recurrent summary of the whole episode                     App. D.2
+    mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the next code                  Eq. 11-18
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
-    controller        U_t      (never made) U = out^T inn, each a sum of (R, D) weighted by decoder(z) Eq. 3
-    kl_weight         alpha    scalar       price of a nat of code                                     Eq. 3
+    controller        U_t      (D, D)       linear map of the residual, chosen by the code; not built  Eq. 3
+    kl_weight         alpha    scalar       price of one nat of code; 1 nat is 1.44 bits               Eq. 3
 
-What differs from the paper and can be left out is marked "departure" in `Config`; README, "Departures", says what it
-is worth, and "Open questions" what else differs.
+A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
+subgoals serve measurements alone. The *RL task* is longer than all that experts were seen to do, and no two of its
+subgoals in a row ever followed each other in their trajectories. What differs from the paper is marked "departure" in
+`Config`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import functools
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -66,6 +80,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
+from torch.nn.utils.rnn import pad_sequence
 
 import envs
 
@@ -81,7 +97,7 @@ BOUNDS = {
     "Many": (16, 10**12), "Count": (1, 10**12), "Natural": (0, 10**12),
     "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6),
 }  # fmt: skip
-CHOICES = {"world": envs.WORLDS, "memory": ("segment", "none", "full")}
+CHOICES = {"world": envs.WORLDS}
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,8 @@ class Config:
     swiglu: bool = True  # departure: gated MLPs instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
-    control_block: Natural = 1  # the controller acts after this many blocks (paper: layers / 2)
-    memory: str = "none"  # departure: of the steered base: none, segment (since the last switch) or full (paper)
+    control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
+    memory: bool = True  # false: the base sees each step alone, in all phases
     # phase 1: pretrain
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
@@ -108,90 +124,57 @@ class Config:
     fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump; up to half of the episodes start on a colour
-    # check: one controller per ground-truth subgoal
-    discover_batch: Count = 64  # episodes, here and in phase 2 (paper: 512)
-    rank: Count = 16  # of the controllers (paper: 16 on the grid)
-    steer_steps: Natural = 700  # (ours)
-    steer_lr: Rate = 5e-3  # peak (ours)
-    # phase 2: discover (paper: App. D.2, Table of sizes)
-    history_dim: Count = 32  # n_h (paper)
-    summary_dim: Count = 32  # n_s (paper)
+    # phase 2, and the check with one controller per ground-truth subgoal
+    discover_batch: Count = 64  # episodes (paper: 512)
+    discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
+    rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
+    free: Chance = 0.0625  # departure: for this share of the steps the KL is free, then for as long ever dearer
+    blind: Chance = 0.75  # departure: all episodes are read blind at first, none after this share; 1: always all
+    steer_steps: Natural = 1400  # of the check (paper: 3200)
+    # phase 2: discover (paper: App. D.2)
+    history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
     encoder_hidden: Count = 64  # (paper)
-    code_dim: Count = 8  # n_z (paper)
+    code_dim: Count = 8  # Z (paper: n_z)
     decoder_hidden: Count = 32  # (paper)
     shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
-    discover_steps: Natural = 3000  # (paper: 64,000)
-    discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
-    free_steps: Natural = 250  # departure: so long the KL costs nothing, then for as long ever more
+    discover_steps: Natural = 4000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
-    policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
+    policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
+    least_std: Weight = 0.1  # departure: floor of the policy's deviations
     rl_episodes: Natural = 60_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
-    rl_lr: Rate = 2e-3  # Adam (paper: 3e-5)
+    rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
     rl_minibatches: Count = 4  # updates per pass
     rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
-    raw_lr: Rate = 1e-4  # raw-action RL, which fine-tunes the base (paper: 3e-5)
+    raw_lr: Rate = 1e-4  # peak of raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
 CLASSROOM = Config()
-PAPER = replace(
-    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
-    control_block=3, memory="full", pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
-    fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, free_steps=0, kl_weight=0.17, temperature=1.0, policy_dim=256,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
-)  # fmt: skip
-PRESETS = {
-    "grid": {
-        "classroom": CLASSROOM,
-        "laptop": replace(
-            CLASSROOM, world="paper", layers=4, memory="segment", pretrain_steps=10_000, pretrain_batch=64,
-            pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free_steps=900, kl_weight=0.1, rl_episodes=200_000,
-        ),
-        "paper": PAPER,
-    },
-    "ant": {
-        "classroom": replace(
-            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, steer_lr=6e-3, discover_steps=7000,
-            discover_lr=2e-3, free_steps=3000, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3,
-            eval_episodes=512,
-        ),
-        "paper": replace(
-            PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
-            pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128, discover_lr=3e-4,
-            rl_episodes=13_107_200, rl_batch=256,
-        ),
-    },
-}  # fmt: skip
-FAST = {
-    "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "free_steps": 5,
-    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------
 # Base model (paper: App. C.1, D.1)
 #
-# A causal sequence model: it reads the observations of an episode one after the other and predicts the expert's next
-# action. Between its blocks each step has a vector of D numbers, the residual stream, to which every block adds. The
-# lower blocks end where the controller will act on that vector.
+# In: the observations of an episode. Out: for each step, the expert's next action. The model is a causal transformer:
+# a step may look at itself and at the steps before it, never ahead. So it remembers its whole episode.
 #
-# Every block maps (x (B, T, D), keep (B, T), state) to (y, state). T > 1 is the parallel form, T = 1 with the state
-# carried along is the step form. keep_t says what is carried from step t-1 into step t: 1 everything; 0 (next to)
-# nothing, step t starts afresh as an episode does. Without keep (None) every step does. A state is a tuple of tensors,
-# batch first; it is empty where an episode starts and where steps are alone.
+# Between the blocks, each step has a vector of D numbers: the residual stream. Every block adds something to it. The
+# lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
+#
+# A *blind* episode is read without memory: each of its steps looks at itself alone. To the model, every such step is
+# the first one of an episode, which it knows from training. Phase 2 says what this is good for.
+#
+# Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
+# the earlier steps left behind; it is empty where an episode starts.
 # ----------------------------------------------------------------------------------------------------
 
 
-class AttentionMixer(nn.Module):
-    """Causal multi-head attention with a T5-style relative bias (32 buckets); forgetting is one more bias."""
+class Attention(nn.Module):
+    """Causal multi-head attention with a learned bias for each distance in time, as in T5."""
 
     BUCKETS, FARTHEST = 32, 128
 
@@ -203,123 +186,731 @@ class AttentionMixer(nn.Module):
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
     def bucket(self, distance):
-        """Distances 0..15 have a bucket each, longer ones share buckets on a log scale."""
+        """Distances 0 to 15 have a bucket each, longer ones share buckets on a log scale."""
         exact = self.BUCKETS // 2
         ratio = torch.log(distance.clamp_min(1).float() / exact) / math.log(self.FARTHEST / exact)
         coarse = exact + (ratio * (self.BUCKETS - exact)).long()
         return torch.where(distance < exact, distance, coarse.clamp(max=self.BUCKETS - 1))
 
-    def forward(self, x, keep, state):
+    def added_to_scores(self, T, S, blind):
+        """For the last T of S steps: the bias of their distance to each step, -inf where they must not look."""
+        steps = torch.arange(S, device=self.bias.device)
+        distance = steps[S - T :, None] - steps  # (T, S)
+        added = self.bias[:, self.bucket(distance.clamp_min(0))]  # (heads, T, S)
+        added = added.masked_fill(distance < 0, -torch.inf)[None]  # no step looks ahead
+        if blind is not None:  # a step of a blind episode does not look back either
+            added = added.masked_fill(blind[:, None, None, None] & (distance > 0), -torch.inf)
+        return added
+
+    def forward(self, x, blind=None, past=()):
+        """x (B, T, D), blind (B,) bool or None, past: keys and values of earlier steps -> y (B, T, D), past."""
         B, T, D = x.shape
-        if keep is None:  # a step that is alone attends to itself
-            return self.out(F.linear(x, self.qkv.weight[2 * D :])), ()
-        q, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # What step s wrote reaches step t times keep_s+1 ... keep_t: the log of that is added to the score. A keep of
-        # 0 counts as 1e-4, so that it still has a gradient.
-        log_kept = torch.log(1e-4 + (1 - 1e-4) * keep).cumsum(dim=1)
-        if state:
-            keys, values = torch.cat([state[0], keys], dim=2), torch.cat([state[1], values], dim=2)
-            log_kept = torch.cat([state[2], state[2][:, -1:] + log_kept], dim=1)
-        S = keys.shape[2]
-        distance = torch.arange(S - T, S, device=x.device)[:, None] - torch.arange(S, device=x.device)
-        reached = log_kept[:, S - T :, None] - log_kept[:, None]
-        bias = self.bias[:, self.bucket(distance.clamp_min(0))] + reached[:, None]
-        bias = bias.masked_fill(distance < 0, -torch.inf)  # (B, heads, T, keys)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values, log_kept)
+        queries, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
+        if past:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        added = self.added_to_scores(T, keys.shape[2], blind)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=added)
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values)
 
 
 class MLP(nn.Module):
-    """ReLU MLP as in the paper, or SwiGLU: the base must multiply "which goal" by "where it lies"."""
+    """ReLU MLP as in the paper, or SwiGLU: a product of two layers, one of them through a SiLU.
+
+    A product helps, because the base must multiply "which goal" by "where it lies".
+    """
 
     def __init__(self, c: Config):
         super().__init__()
         self.up = nn.Linear(c.dim, c.mlp, bias=False)
-        self.gate = nn.Linear(c.dim, c.mlp, bias=False) if c.swiglu else None
+        self.gating = nn.Linear(c.dim, c.mlp, bias=False) if c.swiglu else None
         self.down = nn.Linear(c.mlp, c.dim, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x) if self.gate else F.relu(self.up(x)))
+        if self.gating is None:
+            return self.down(F.relu(self.up(x)))
+        return self.down(F.silu(self.gating(x)) * self.up(x))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + mix(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.mix_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
-        self.mixer = AttentionMixer(c)
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
+        self.attention = Attention(c)
         self.mlp = MLP(c)
 
-    def forward(self, x, keep, state):
-        y, state = self.mixer(self.mix_norm(x), keep, state)
+    def forward(self, x, blind=None, past=()):
+        y, past = self.attention(self.attention_norm(x), blind, past)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x + self.mlp(self.mlp_norm(x)), past
 
 
-class GridEmbedding(nn.Module):
-    """Linear map of the grid observation, given as the cells of its ones: (B, T, O + W + 1) -> (B, T, D).
+class BaseModel(nn.Module):
+    """The sequence model that is pretrained, then frozen. A controller may act between `lower` and `upper`.
 
-    Absolute: a weight vector for each (object, cell), which is a plain linear layer on the 637 numbers. Relative:
-    a vector for each (object, offset from the agent), which is learned many times faster and says the same, but for
-    the names of the walls, which mean nothing. There the colours share their geometry: vector = features(offset) @
-    matrix(colour) + obstacle(offset); walls are obstacles and no more.
+    Its embedding and its head depend on the kind of world; both come after the method ("What the method rests on").
     """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        world = envs.WORLDS[c.world]
+        self.control_block, self.memory = c.control_block, c.memory
+        self.embed = EMBEDDINGS[world.kind](c, world)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = nn.RMSNorm(c.dim)
+        self.head = HEADS[world.kind](c, world)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def run_blocks(self, blocks, x, blind, past):
+        """x (B, T, D), past: one entry for each block, or None at the start -> x (B, T, D), past."""
+        if not self.memory:
+            blind, past = torch.ones(len(x), dtype=torch.bool, device=x.device), None
+        after = []
+        for block, before in zip(blocks, past or [()] * len(blocks)):
+            x, left_behind = block(x, blind, before)
+            after.append(left_behind)
+        return x, after
+
+    def lower(self, obs, blind=None, past=None):
+        """Observations (B, T, F) -> residual (B, T, D), past."""
+        return self.run_blocks(self.blocks[: self.control_block], self.embed(obs), blind, past)
+
+    def upper(self, residual, blind=None, past=None):
+        """residual (B, T, D) -> features (B, T, D), past. The head turns features into a distribution of actions."""
+        x, past = self.run_blocks(self.blocks[self.control_block :], residual, blind, past)
+        return self.norm(x), past
+
+    def forward(self, obs):
+        """Observations (B, T, F) -> features (B, T, D) of the model left alone."""
+        return self.upper(self.lower(obs)[0])[0]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
+#
+# In: residuals of the frozen base. Out: changed residuals, so that the base acts as if it pursued a chosen goal.
+# A code of Z numbers says which goal. A decoder turns the code into a controller: a matrix U, applied to the residual.
+# Codes are held: a gate decides when the next one begins.
+#
+# While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
+# phase 3 a policy proposes them. The gate never looks ahead, so it can be used there as it is.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Controller(nn.Module):
+    """Linear control of the residual stream, Eq. 1: e + U e, where U (D, D) has rank R.
+
+    U is mixed from M learned pairs of matrices, inn_m and out_m, each (R, D), with M weights w:
+
+        inn(w) = sum_m w_m inn_m        what U reads from the residual
+        out(w) = sum_m w_m out_m        what U writes into it
+        U e    = out(w)^T ( inn(w) e )
+
+    U e is computed from right to left, so no D x D matrix is built. U is linear in e. It is not linear in w, as both
+    factors depend on w.
+    """
+
+    def __init__(self, c: Config, M: int):
+        super().__init__()
+        self.inn = nn.Parameter(torch.randn(M, c.rank, c.dim) * c.dim**-0.5)
+        self.out = nn.Parameter(torch.zeros(M, c.rank, c.dim))  # at first U is zero: nothing is steered
+
+    def forward(self, residual, weight):
+        """residual (B, T, D), weight (B, T, M) -> controlled residual (B, T, D)."""
+        read = torch.einsum("btd,mrd,btm->btr", residual, self.inn, weight)
+        return residual + torch.einsum("btr,btm,mrd->btd", read, weight, self.out)
+
+
+def shift_right(x):
+    """x_1 ... x_T -> 0, x_1 ... x_T-1 along time (dim 1)."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+
+
+def reversed_from(x, last):
+    """x (B, T, D) from row `last` (B,) back to row 0; what comes after that means nothing."""
+    index = (last[:, None] - torch.arange(x.shape[1], device=x.device)).clamp_min(0)
+    return x.gather(1, index[..., None].expand_as(x))
+
+
+class Metacontroller(nn.Module):
+    """Discovers codes and when to switch them: encoder, gate, decoder and controller.
+
+    Encoder and gate each keep a history of what they read, by one and the same recurrent network, a GRU.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        D, H, Z = c.dim, c.history_dim, c.code_dim
+        self.history = nn.GRU(D, H, batch_first=True)
+        self.embedder = nn.GRU(D, H, batch_first=True)
+        self.encoder = nn.Sequential(
+            nn.Linear(D + H + H, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
+        )
+        self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
+        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.SiLU())
+        self.controller = Controller(c, M=c.decoder_hidden + 1)
+        nn.init.zeros_(self.switch[2].bias)
+        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a proposal is more than noise from the start
+
+    def read(self, residual):
+        """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
+        return F.rms_norm(residual, residual.shape[-1:])
+
+    def encode(self, residual, last):
+        """Gaussians of the proposals: residual (B, T, D) -> mean, log_std, each (B, T, Z).
+
+        The encoder reads the residual at the step, the history before it, and a summary of the whole episode. Row
+        `last` (B,) is the last one of an episode; rows after it are padding.
+        """
+        x = self.read(residual)
+        history = shift_right(self.history(x)[0])
+        from_the_end = self.embedder(reversed_from(x, last))[0]
+        summary = from_the_end[torch.arange(len(x), device=x.device), last]  # (B, H): it has read back to the start
+        summary = summary[:, None].expand(-1, x.shape[1], -1)
+        return self.encoder(torch.cat([x, history, summary], dim=-1)).chunk(2, dim=-1)
+
+    def gate(self, residual, history, code):
+        """beta_t = f_switch(e_t, h_t-1, z_t-1), between 0 and 1: (B, D), (B, H), (B, Z) -> (B,)."""
+        return torch.sigmoid(self.switch(torch.cat([self.read(residual), history, code], dim=-1))).squeeze(-1)
+
+    def integrate(self, residual, proposal, threshold=None):
+        """Temporal integration, Eq. 2: z_t = beta_t z~_t + (1 - beta_t) z_t-1. An example, with codes of one number:
+
+            step          1     2     3     4     5     6
+            proposal     10    20    30    40    50    60
+            gate          1     0     0     1    .5     0      1: adopt the proposal, 0: keep the code
+            code         10    10    10    40    45    45
+
+        In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
+        *hard*, as in phase 3: a code is replaced as a whole where the gate is above the threshold, or not at all.
+
+        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
+        """
+        history = shift_right(self.history(self.read(residual))[0])
+        gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
+        code = proposal[:, 0]
+        codes, gates = [code], [gate]
+        for t in range(1, proposal.shape[1]):
+            gate = self.gate(residual[:, t], history[:, t], code)
+            adopt = gate if threshold is None else (gate > threshold).float()
+            code = adopt[:, None] * proposal[:, t] + (1 - adopt[:, None]) * code
+            codes.append(code)
+            gates.append(gate)
+        return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
+
+    def control(self, residual, code):
+        """Steer: (B, T, D), (B, T, Z) -> (B, T, D). The weights w are [decoder(z), 1]; the 1 is there for any code."""
+        weight = F.pad(self.decoder(code), (0, 1), value=1.0)
+        return self.controller(residual, weight)
+
+
+def code_kl(mean, log_std):
+    """KL( N(mean, std^2) || N(0, I) ) in nats, (B, T, Z) -> (B, T): what a proposal tells beyond pure noise.
+
+    N(0, I) is the *prior*: what a code looks like when nobody has said anything. A proposal equal to it costs nothing.
+    """
+    return 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 1: pretrain the base model (paper: App. C.1)
+#
+# In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. For this
+# it must work out two things: which goal an expert pursues, from its moves so far, and how to get there.
+#
+# Each phase is a function of a `run` and of the models of earlier phases. A run holds `config`, `world` and `device`.
+# `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log` shows progress, `run.tensor` turns a
+# numpy array into a tensor. So a phase depends on nothing but config, seed and the phases before.
+# ----------------------------------------------------------------------------------------------------
+
+
+def expert_batches(run: Run, rng: np.random.Generator, batch: int):
+    """Endless batches of fresh expert trajectories. Each holds episodes of similar length, so there is less padding."""
+    while True:
+        episodes = run.world.episodes(batch * max(1, 4096 // batch), rng)
+        order = np.argsort(episodes.lengths, kind="stable").reshape(-1, batch)
+        for i in rng.permutation(len(order)):
+            yield episodes.take(order[i])
+
+
+def action_nll(run: Run, base: BaseModel, features, episodes: envs.Episodes):
+    """-ln p(the expert's action), nats; features (B, T, D) -> (B, T), 0 in the padding."""
+    return -base.head(features).log_prob(run.tensor(episodes.target)) * run.tensor(episodes.mask)
+
+
+def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
+    """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
+    obs, mask = run.tensor(episodes.obs), run.tensor(episodes.mask)
+    features = base(obs[:, :-1])
+    nll = action_nll(run, base, features, episodes).sum(1).mean()
+    if not run.config.obs_loss:
+        return nll, {"nll": nll.item()}
+    obs_nll = (base.head.next_nll(features, obs[:, 1:]) * mask).sum(1).mean()
+    return nll + run.config.obs_loss * obs_nll, {"nll": nll.item(), "obs_nll": obs_nll.item()}
+
+
+def pretrain(run: Run) -> BaseModel:
+    """Train the base model on the expert's actions, then freeze it."""
+    c = run.config
+    rng = run.seeded("pretrain")
+    base = BaseModel(c).to(run.device)
+    optimisers = pretrain_optimisers(c, base)
+    for step, episodes in zip(range(c.pretrain_steps), expert_batches(run, rng, c.pretrain_batch)):
+        loss, stats = pretrain_loss(run, base, episodes)
+        length = episodes.mask.sum() / len(episodes.mask)
+        update(base, loss / length, optimisers, rate(c, step / c.pretrain_steps))
+        run.log(step + 1, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
+    return base.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 2: discover controllers and when to switch them (paper: Sec. 3, App. D.2, Eq. 3)
+#
+# In: the frozen base and the same unlabelled trajectories. Out: a metacontroller.
+#
+# Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
+# expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
+# the goal, once, when it changes.
+#
+# Why does the gate open there, and stay shut elsewhere? Every proposal pays its KL, whether the gate adopts it or not.
+# So where no change is due, the cheapest proposal is pure noise, N(0, I). To adopt noise would destroy the code in
+# force, so the gate learns to stay shut there.
+#
+# Who sees what:
+#                         the base                   the gate           the encoder
+#     phase 1             all steps so far
+#     phase 2, at first   each step alone (blind)    all steps so far   the whole episode, its cells exchanged
+#     phase 2, at last    all steps so far           all steps so far   the whole episode, its cells exchanged
+#     phase 3             all steps so far           all steps so far   (a policy instead: residuals at openings)
+#
+# Two departures from the paper make the code name a goal. (1) The encoder's copy of the episode has its cells
+# exchanged at random. It shows which colour is visited when, but no directions, places or distances. (2) At first the
+# base is blind. A base that remembers already knows which two goals may come next, so a code would only say which of
+# the two, and could never lead to a goal that the experts did not choose there. A blind base needs to be told the goal
+# itself. Later more and more episodes are read with memory, so that the controllers learn to steer what phase 3 uses.
+# ----------------------------------------------------------------------------------------------------
+
+
+def ramp(progress: float, start: float, end: float) -> float:
+    """0 until `start`, then rising to 1 at `end`."""
+    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))
+
+
+def kl_charge(c: Config, progress: float) -> float:
+    """The share of the KL that is charged after this share of phase 2. It is free at first: a code that nobody reads
+    yet would be silenced by its price, and then nobody would learn to read it."""
+    return ramp(progress, c.free, 2 * c.free)
+
+
+def draw_blind(run: Run, count: int, progress: float):
+    """Which of `count` episodes are read blind, (count,) bool or None: all until the KL is charged in full, then ever
+    fewer, none after the share `blind` of phase 2."""
+    c = run.config
+    share = 1.0 if c.blind == 1 else 1 - ramp(progress, 2 * c.free, c.blind)
+    return torch.rand(count, device=run.device) < share if share else None
+
+
+def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
+    """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
+
+    The encoder speaks at *entries*: on the grid that is every step; for the ant every step into another cell. Between
+    entries the proposal is N(0, I) and costs nothing. What the encoder reads, the base reads blind: in a copy with
+    exchanged cells there is nothing to remember.
+    """
+    view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
+    is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
+    row, step = np.nonzero(is_entry)  # all entries, episode by episode
+    number = (is_entry.cumsum(axis=1) - 1)[is_entry]  # the how many-th entry of its episode each one is
+    count = is_entry.sum(axis=1)
+    # The steps that the encoder reads: the entries, and the last observation, which shows the last visit.
+    read = np.tile(episodes.lengths[:, None], count.max() + 1)
+    read[row, number] = step
+    residual, _ = base.lower(
+        run.tensor(np.take_along_axis(view, read[..., None], axis=1)), draw_blind(run, len(view), progress=0)
+    )
+    spoken = torch.cat(meta.encode(residual, run.tensor(count)), dim=-1)  # at entries
+    gaussian = spoken.new_zeros(*is_entry.shape, spoken.shape[-1])  # at steps: mean 0, log_std 0 where nothing is said
+    gaussian[run.tensor(row), run.tensor(step)] = spoken[run.tensor(row), run.tensor(number)]
+    mean, log_std = gaussian.chunk(2, dim=-1)
+    return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
+
+
+def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress: float):
+    """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
+
+    progress (0 to 1): the share of phase 2 that is done. The base is frozen, but gradients flow through its upper
+    blocks to the controller, the gate and the encoder.
+    """
+    obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
+    blind = draw_blind(run, len(obs), progress)
+    residual, _ = base.lower(obs, blind)
+    proposal, kl = propose(run, base, meta, episodes, rng)
+    code, gate = meta.integrate(residual, proposal)
+    features, _ = base.upper(meta.control(residual, code), blind)
+    nll = action_nll(run, base, features, episodes).sum(1).mean()
+    kl = kl.sum(1).mean()  # of every proposal, adopted or not
+    loss = nll + kl_charge(run.config, progress) * run.config.kl_weight * kl
+    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item()}
+
+
+def discover(run: Run, base: BaseModel) -> Metacontroller:
+    """Train the metacontroller on the frozen base, then freeze it too."""
+    c = run.config
+    rng = run.seeded("discover")
+    meta = Metacontroller(c).to(run.device)
+    optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)
+    for step, episodes in zip(range(c.discover_steps), expert_batches(run, rng, c.discover_batch)):
+        progress = step / c.discover_steps
+        loss, stats = discovery_loss(run, base, meta, episodes, rng, progress)
+        update(meta, loss / 10, [optimiser], rate(c, progress))
+        run.log(step + 1, c.discover_steps, "steps", **stats)
+    return meta.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Acting: the base plays in the environment, and a pilot may steer it
+#
+# In: a batch of episodes at their start. Out: what happened until their ends. At each step the loop asks a *pilot* to
+# change the residual. There are three: one that does nothing, one that switches ground-truth controllers by hand (in
+# the check after the method), and one that holds codes and asks for a new one when the gate opens.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Pilot:
+    """What steers the base while it acts. This one leaves it alone."""
+
+    blind = False  # whether the base is read blind
+
+    def steer(self, residual, batch, rows):
+        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D), opened gates (B,) bool."""
+        return residual, torch.zeros(len(rows), dtype=torch.bool)
+
+
+class CodePilot(Pilot):
+    """The metacontroller without its encoder (Alg. 1). Where the gate opens, and at the first step,
+    choose(residual (B, D), rows (B,)) -> code (B, Z) gives a new code; elsewhere the code is held."""
+
+    def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
+        c, device = run.config, run.device
+        self.meta, self.choose, self.threshold, self.blind = meta, choose, c.threshold, c.blind == 1
+        self.history = torch.zeros(1, B, c.history_dim, device=device)
+        self.code = torch.zeros(B, c.code_dim, device=device)
+        self.first = True
+
+    def steer(self, residual, batch, rows):
+        history = self.history[:, rows]
+        self.gate = self.meta.gate(residual, history[0], self.code[rows])
+        opened = (self.gate > self.threshold) | self.first
+        self.first = False
+        if opened.any():
+            self.code[rows[opened]] = self.choose(residual[opened], rows[opened])
+        _, self.history[:, rows] = self.meta.history(self.meta.read(residual)[:, None], history)
+        return self.meta.control(residual[:, None], self.code[rows][:, None])[:, 0], opened
+
+
+class Result(NamedTuple):
+    """B finished episodes."""
+
+    reward: torch.Tensor  # (B,)
+    visited: np.ndarray  # (B, T) colour visited by each step, else -1
+    gate_open: np.ndarray  # (B, T)
+    mask: np.ndarray  # (B, T) steps that were lived
+    obs: torch.Tensor  # (B, T, F)
+    action: torch.Tensor  # (B, T, ...)
+    log_prob: torch.Tensor  # (B, T) of the actions
+
+
+@torch.no_grad()
+def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0) -> Result:
+    """Play the episodes of a batch to their ends, at this temperature of the base's actions.
+
+    Episodes step together, and are dropped when they end: the cost follows the living.
+    """
+    B, T, device = len(batch), run.world.limit, run.device
+    visited, gate_open = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
+    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
+    tables = None  # of observations, actions and their log-probabilities
+    alive = np.arange(B)
+    lower_past = upper_past = None  # what the base remembers
+    for t in range(T):
+        obs, rows = run.tensor(batch.observe()), run.tensor(alive)
+        residual, lower_past = base.lower(obs[:, None], past=lower_past)
+        controlled, opened = pilot.steer(residual[:, 0], batch, rows)
+        features, upper_past = base.upper(controlled[:, None], past=upper_past)
+        if not features.isfinite().all():
+            raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
+        actions = base.head(features[:, 0], temperature)
+        action = actions.sample()
+        visit, gain, done = batch.step(action.cpu().numpy())
+        visited[alive, t], gate_open[alive, t], mask[alive, t] = visit, opened.cpu().numpy(), True
+        reward[rows] += run.tensor(gain)
+        values = obs, action, actions.log_prob(action)
+        tables = tables or [value.new_zeros(B, T, *value.shape[1:]) for value in values]
+        for table, value in zip(tables, values):
+            table[rows, t] = value
+        if done.all():
+            break
+        if pilot.blind:
+            lower_past = upper_past = None
+        if done.any():
+            alive = alive[~done]
+            batch.select(~done)
+            lower_past, upper_past = living(lower_past, ~done), living(upper_past, ~done)
+    return Result(reward, visited, gate_open, mask, *tables)
+
+
+def living(past, kept: np.ndarray):
+    """What the base remembers of the episodes that go on; kept (B,) bool."""
+    kept = torch.from_numpy(np.flatnonzero(kept))
+    return past and [tuple(part[kept.to(part.device)] for part in block) for block in past]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Phase 3: internal RL (paper: App. C.5, Algorithms 1-3)
+#
+# In: the frozen base and metacontroller. Out: a policy that chooses codes. It acts only where the gate opens, so an
+# episode of many steps is a few decisions for it. This is *contracted time*:
+#
+#     gate      |...|.....|..|....|...|.....      | open: the policy chooses a code, . shut: the code is held
+#     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
+#     reward                               1      one, at the very end
+#
+# The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. It is not
+# told the task. Random codes already walk to colours, so some episodes succeed by chance, and RL can begin.
+# ----------------------------------------------------------------------------------------------------
+
+
+class Policy(nn.Module):
+    """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
+
+    At first it is the codes' prior, N(0, I). Its deviations stay above `least_std`: the first few successes would make
+    it narrow before its means are right, and a narrow policy no longer learns about other codes.
+    """
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.least_std = c.least_std
+        self.gru = nn.GRU(c.dim, c.policy_dim, batch_first=True)
+        self.head = nn.Linear(c.policy_dim, 2 * c.code_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, residual, state=None):
+        """residual (B, K, D) at K decisions -> distribution of codes (B, K, Z), state (1, B, policy_dim)."""
+        x, state = self.gru(F.rms_norm(residual, residual.shape[-1:]), state)
+        mean, log_std = self.head(x).chunk(2, dim=-1)
+        return normal(mean, log_std.exp().clamp_min(self.least_std)), state
+
+
+class Decisions(NamedTuple):
+    """What RL learns from: B episodes of K decisions. For internal RL a decision is a code, for raw RL an action."""
+
+    inputs: torch.Tensor  # (B, K, D) residual at the decision | (B, K, F) observation
+    chosen: torch.Tensor  # (B, K, Z) code | (B, K, ...) action
+    log_prob: torch.Tensor  # (B, K) when it was chosen
+    mask: torch.Tensor  # (B, K) decisions that were made
+    reward: torch.Tensor  # (B,) at the end
+
+
+class PolicyCodes:
+    """Chooses the codes of B episodes for a `CodePilot` by the policy, and writes down every decision.
+
+    Without `sample` it takes the means of the policy instead of samples, to evaluate it.
+    """
+
+    def __init__(self, run: Run, B: int, policy: Policy, sample: bool = True):
+        self.policy, self.sample, self.made = policy, sample, []
+        self.state = torch.zeros(1, B, run.config.policy_dim, device=run.device)
+
+    def __call__(self, residual, rows):
+        """residual (B, D) of the episodes `rows` (B,) whose gate is open -> code (B, Z)."""
+        codes, state = self.policy(residual[:, None], self.state[:, rows])
+        self.state[:, rows] = state
+        code = codes.sample() if self.sample else codes.mean  # Alg. 2: z ~ pi(z | e_t, own state)
+        self.made.append((rows, residual, code[:, 0], codes.log_prob(code)[:, 0]))
+        return code[:, 0]
+
+    def decisions(self, reward) -> Decisions:
+        """All that was chosen, sorted by episodes. Each has at least one decision, at its first step."""
+        rows, *parts = (torch.cat(column) for column in zip(*self.made))
+        order, counts = rows.argsort(stable=True), rows.bincount().tolist()
+        parts = [part[order].split(counts) for part in (*parts, torch.ones_like(parts[-1]))]
+        return Decisions(*(pad_sequence(part, batch_first=True) for part in parts), reward)
+
+
+def play_codes(run: Run, base, meta, policy: Policy, count: int, rng, sample=True) -> tuple[Decisions, float]:
+    """Internal RL plays `count` episodes -> its decisions, which are codes, and success."""
+    codes = PolicyCodes(run, count, policy, sample)
+    pilot, batch = CodePilot(run, count, meta, codes), run.world.batch(count, rng)
+    result = rollout(run, base, pilot, batch, run.config.temperature)
+    return codes.decisions(result.reward), result.reward.mean().item()
+
+
+def terminal_advantage(reward):
+    """A = (reward - mean) / (deviation + 1e-3) over the batch: (B,) -> (B,), for all decisions of an episode."""
+    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
+
+
+def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
+    """PPO's clipped objective, its mean over decisions: three (B, K), advantage (B,), mask (B, K) -> scalar.
+
+        ratio = new probability of the decision / old probability
+        gain  = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )
+    """
+    ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
+    advantage = advantage[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(gain * mask).sum() / mask.sum()
+
+
+def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob) -> None:
+    """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
+
+    play(rng) -> Decisions, success. log_prob(inputs, chosen) -> that of each decision by the present `model`, (B, K).
+    peak: highest learning rate.
+
+    This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
+    is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the few
+    successes of the first batches must move the policy far.
+    """
+    c, episodes = run.config, 0
+    rng, curve = run.seeded(phase), run.curves.setdefault(phase, [])
+    optimiser = torch.optim.Adam(model.parameters(), lr=peak)
+    while episodes < c.rl_episodes:
+        share = rate(c, episodes / c.rl_episodes)
+        # collect
+        batch, success = play(rng)
+        episodes += c.rl_batch
+        curve.append((episodes, success))
+        # advantage
+        advantage = terminal_advantage(batch.reward)
+        # update: without a single success every advantage is zero, and there is nothing to learn from
+        for _ in range(c.rl_epochs if advantage.any() else 0):
+            order = torch.randperm(len(advantage), device=run.device)
+            for index in order.chunk(c.rl_minibatches):
+                longest = int(batch.mask[index].sum(1).max())
+                inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
+                loss = policy_loss(log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
+                update(model, loss, [optimiser], share)
+        # log
+        run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
+
+
+def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
+    """Phase 3: train a policy over codes."""
+    c = run.config
+    run.seeded("rl")  # decides the first weights
+    policy = Policy(c).to(run.device)
+    play = lambda rng: play_codes(run, base, meta, policy, c.rl_batch, rng)
+    log_prob = lambda residual, code: policy(residual)[0].log_prob(code)
+    reinforce(run, "rl", policy, c.rl_lr, play, log_prob)
+    return policy.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Here the method is complete. What it rests on: presets, embeddings and heads of the worlds, optimisers and rates
+# ----------------------------------------------------------------------------------------------------
+
+
+PAPER = replace(
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
+    control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
+    fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
+    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, least_std=0.0, kl_weight=0.17, temperature=1.0, policy_dim=256,
+    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
+)  # fmt: skip
+PRESETS = {
+    "grid": {
+        "classroom": CLASSROOM,
+        "laptop": replace(
+            CLASSROOM, world="paper", layers=4, pretrain_steps=10_000, pretrain_batch=64,
+            pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
+            discover_lr=3e-3, free=0.18, kl_weight=0.1, rl_episodes=200_000,
+        ),
+        "paper": PAPER,
+    },
+    "ant": {
+        "classroom": replace(
+            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000,
+            discover_lr=2e-3, free=0.43, blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3,
+            eval_episodes=512,
+        ),
+        "paper": replace(
+            PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
+            pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128, discover_lr=3e-4,
+            rl_episodes=13_107_200, rl_batch=256,
+        ),
+    },
+}  # fmt: skip
+FAST = {
+    "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
+    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
+}  # fmt: skip
+
+
+class AbsoluteCells(nn.EmbeddingBag):
+    """The paper's: a vector for each (object, cell), which is a plain linear layer on the one-hots (637 numbers)."""
+
+    def __init__(self, c: Config, world: envs.World):
+        super().__init__(world.objects * world.size**2, c.dim, mode="sum")
+        nn.init.normal_(self.weight, std=(c.init_scale / world.objects) ** 0.5)
+        self.register_buffer("first_row", torch.arange(world.objects) * world.size**2, persistent=False)
+
+    def forward(self, cells):
+        """Cells of all objects (B, T, O + W + 1) -> (B, T, D)."""
+        return super().forward((cells + self.first_row).flatten(0, -2)).unflatten(0, cells.shape[:-1])
+
+
+class RelativeCells(nn.Module):
+    """Departure: a vector for each (object, offset from the agent), which is learned many times faster and says the
+    same, but for the names of the walls, which mean nothing. The colours share their geometry: vector =
+    features(offset) @ matrix(colour) + obstacle(offset); walls are obstacles and no more."""
 
     FEATURES = 24
 
-    def __init__(self, c: Config, world: envs.World, dim: int):
+    def __init__(self, world: envs.World, dim: int):
         super().__init__()
-        self.relative, self.size, cells, O = c.relative_obs, world.size, world.size**2, world.colours
-        if self.relative:
-            offsets = (2 * world.size - 1) ** 2
-            self.features = nn.Parameter(0.5 * torch.randn(offsets, self.FEATURES))
-            self.colour = nn.Parameter(torch.randn(O, self.FEATURES, dim) * self.FEATURES**-0.5)
-            self.obstacle = nn.Parameter(0.1 * torch.randn(offsets, dim))
-            self.agent = nn.Parameter(0.1 * torch.randn(cells, dim))
-            first_row = torch.tensor([*range(O), *[O] * world.walls, O + 1]) * offsets
-        else:
-            self.weight = nn.Parameter(torch.randn(world.objects * cells, dim) * (c.init_scale / world.objects) ** 0.5)
-            first_row = torch.arange(world.objects) * cells
-        self.register_buffer("first_row", first_row, persistent=False)
-
-    def table(self):
-        """One row per (object, place), (rows, D)."""
-        if not self.relative:
-            return self.weight
-        colours = self.features @ self.colour + self.obstacle
-        return torch.cat([colours.flatten(0, 1), self.obstacle, self.agent])
+        self.size, offsets = world.size, (2 * world.size - 1) ** 2
+        self.features = nn.Parameter(0.5 * torch.randn(offsets, self.FEATURES))
+        self.colour = nn.Parameter(torch.randn(world.colours, self.FEATURES, dim) * self.FEATURES**-0.5)
+        self.obstacle = nn.Parameter(0.1 * torch.randn(offsets, dim))
+        self.agent = nn.Parameter(0.1 * torch.randn(world.size**2, dim))
+        table = torch.tensor([*range(world.colours), *[world.colours] * world.walls, world.colours + 1])
+        self.register_buffer("first_row", table * offsets, persistent=False)
 
     def forward(self, cells):
-        if self.relative:  # offset (row, column) = (0, 0) is in the middle of (2 G - 1)^2
-            place = cells // self.size * (2 * self.size - 1) + cells % self.size
-            offset = place[..., :-1] - place[..., -1:] + 2 * self.size * (self.size - 1)
-            cells = torch.cat([offset, cells[..., -1:]], dim=-1)
-        rows = (cells + self.first_row).flatten(0, -2)
-        return F.embedding_bag(rows, self.table(), mode="sum").unflatten(0, cells.shape[:-1])
+        """Cells of all objects (B, T, O + W + 1) -> (B, T, D)."""
+        G = self.size
+        place = cells // G * (2 * G - 1) + cells % G
+        offset = place[..., :-1] - place[..., -1:] + 2 * G * (G - 1)  # (0, 0) is in the middle of (2 G - 1)^2
+        rows = torch.cat([offset, cells[..., -1:]], dim=-1) + self.first_row
+        colours = self.features @ self.colour + self.obstacle
+        table = torch.cat([colours.flatten(0, 1), self.obstacle, self.agent])
+        return F.embedding_bag(rows.flatten(0, -2), table, mode="sum").unflatten(0, cells.shape[:-1])
 
 
-class AntEmbedding(nn.Module):
-    """The ant's observation (B, T, F) -> (B, T, D).
+class RelativeAnt(nn.Module):
+    """Departure: cells as on the grid; the body in its own frame, with the directions of neighbouring cells' centres.
 
-    Absolute: a linear map of the observation. Relative: the cells of colours, walls and ant go through
-    `GridEmbedding`; the body is seen in its own frame, together with the direction of each neighbouring cell's centre.
     The body gets a quarter of the width to itself: added to the cells, it would drown them. And the colour that the
     ant stands on gets an eighth: the metacontroller must find the visits among all that the residual says.
     """
 
     def __init__(self, c: Config, world: envs.AntWorld):
         super().__init__()
-        self.size, self.parts, self.relative = world.size, world.parts, c.relative_obs
-        width, under = (c.dim // 4, c.dim // 8) if self.relative else (c.dim, 0)
-        self.cells = GridEmbedding(c, world, c.dim - width - under) if self.relative else None
-        self.under = nn.Parameter(3 * torch.randn(world.colours, under)) if self.relative else None
-        features = 1 + 2 + 8 + 12 + 12  # height, tilt, joints, rates, six vectors of the plane
-        self.body = nn.Linear(features if self.relative else self.parts["local"].stop, width)
+        self.size, self.parts, width, under = world.size, world.parts, c.dim // 4, c.dim // 8
+        self.cells = RelativeCells(world, c.dim - width - under)
+        self.under = nn.Parameter(3 * torch.randn(world.colours, under))
+        self.body = nn.Linear(1 + 2 + 8 + 12 + 12, width)  # height, tilt, joints, rates, six vectors of the plane
 
     def forward(self, obs):
-        if not self.relative:
-            return self.body(obs)
         height, orientation, joints, velocity, xy, things, local = (obs[..., part] for part in self.parts.values())
         places = torch.cat([things.unflatten(-1, (-1, 2)) + xy[..., None, :], xy[..., None, :]], dim=-2)
         places = (1 + places * places.new_tensor([1, -1])) * self.size / 2  # column and row
@@ -338,235 +929,53 @@ class AntEmbedding(nn.Module):
         return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body)], dim=-1)
 
 
-class GridHead(nn.Linear):
-    """Action head of the grid, features (..., D) -> logits (..., 4), and a guess of the agent's next cell."""
+def embed_grid(c: Config, world: envs.World) -> nn.Module:
+    return RelativeCells(world, c.dim) if c.relative_obs else AbsoluteCells(c, world)
+
+
+def embed_ant(c: Config, world: envs.AntWorld) -> nn.Module:
+    return RelativeAnt(c, world) if c.relative_obs else nn.Linear(world.parts["local"].stop, c.dim)
+
+
+def normal(mean, std):
+    """Gaussian with a diagonal covariance over the last dimension."""
+    return Independent(Normal(mean, std, validate_args=False), 1)
+
+
+class GridHead(nn.Module):
+    """Features (..., D) -> distribution of the next move (...), and a guess of the agent's next cell."""
 
     def __init__(self, c: Config, world: envs.World):
-        super().__init__(c.dim, 4)
-        self.next = nn.Linear(c.dim, world.size**2)
+        super().__init__()
+        self.logits, self.next = nn.Linear(c.dim, 4), nn.Linear(c.dim, world.size**2)
+
+    def forward(self, features, temperature: float = 1.0):
+        return Categorical(logits=self.logits(features) / temperature, validate_args=False)
 
     def next_nll(self, features, obs):
         """-ln p(o_t+1) of what moves, features (B, T, D), obs (B, T, F) -> (B, T)."""
         return F.cross_entropy(self.next(features).transpose(1, 2), obs[..., -1], reduction="none")
 
-    def log_prob(self, logits, action, temperature: float = 1.0):
-        return F.log_softmax(logits / temperature, dim=-1).gather(-1, action[..., None])[..., 0]
 
-    def sample(self, logits, temperature: float, generator):
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
-
-
-class AntHead(nn.Linear):
-    """Action head of the ant: mean (..., 8) of the torques, whose deviation is the same everywhere, and a guess of the
-    next observation."""
+class AntHead(nn.Module):
+    """Features (..., D) -> distribution of the torques (..., 8), of one deviation for all states, and a guess of the next
+    observation."""
 
     def __init__(self, c: Config, world: envs.World):
-        super().__init__(c.dim, 8)
+        super().__init__()
+        self.mean, self.next = nn.Linear(c.dim, 8), nn.Linear(c.dim, world.parts["local"].stop)
         self.log_std = nn.Parameter(torch.full((8,), -1.0))
-        self.next = nn.Linear(c.dim, world.parts["local"].stop)
+
+    def forward(self, features, temperature: float = 1.0):
+        return normal(self.mean(features), temperature * self.log_std.exp())
 
     def next_nll(self, features, obs):
         """Of a Gaussian of standard deviation 1, without its constant."""
         return 0.5 * (self.next(features) - obs).square().sum(-1)
 
-    def log_prob(self, mean, action, temperature: float = 1.0):
-        return gaussian_log_prob(action, mean, self.log_std + math.log(temperature))
 
-    def sample(self, mean, temperature: float, generator):
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + temperature * self.log_std.exp() * noise
-
-
-EMBEDDINGS = {"grid": lambda c, world: GridEmbedding(c, world, c.dim), "ant": AntEmbedding}  # by World.kind
+EMBEDDINGS = {"grid": embed_grid, "ant": embed_ant}  # by World.kind
 HEADS = {"grid": GridHead, "ant": AntHead}
-
-
-class BaseModel(nn.Module):
-    """The causal sequence model that is pretrained, then frozen. `lower` ends where the controller acts.
-
-    The blocks below the controller see each step alone, in all phases: with memory they would infer the goal from
-    earlier moves, and the code would have nothing to say. With --memory full they have memory too, as in the paper.
-    """
-
-    def __init__(self, c: Config):
-        super().__init__()
-        world = envs.WORLDS[c.world]
-        self.control_block, self.alone = c.control_block, c.memory != "full"
-        self.embed = EMBEDDINGS[world.kind](c, world)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = nn.RMSNorm(c.dim)
-        self.head = HEADS[world.kind](c, world)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=(c.init_scale / module.in_features) ** 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def _run(self, blocks, x, keep, state):
-        after = []
-        for block, before in zip(blocks, state or [()] * len(blocks)):
-            x, part = block(x, keep, before)
-            after.append(part)
-        return x, after
-
-    def lower(self, obs, state=None):
-        """Observations (B, T, F) -> residual (B, T, D), state."""
-        x = self.embed(obs)
-        keep = None if self.alone else torch.ones_like(x[..., 0])
-        return self._run(self.blocks[: self.control_block], x, keep, state)
-
-    def upper(self, residual, keep, state=None):
-        """residual (B, T, D), keep (B, T) or None -> features (B, T, D), which `head` turns into an action, state."""
-        x, state = self._run(self.blocks[self.control_block :], residual, keep, state)
-        return self.norm(x), state
-
-    def forward(self, obs):
-        """Observations (B, T, F) -> features (B, T, D) of the model left alone, with all its memory."""
-        residual, _ = self.lower(obs)
-        return self.upper(residual, torch.ones_like(residual[..., 0]))[0]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
-#
-# It steers the frozen base. A code says in a few numbers what the base shall do; a decoder turns the code into a
-# controller, a matrix U that is applied to the residual stream. A code is held until a gate opens and a new one is
-# adopted. While the metacontroller learns, codes come from an encoder that sees the whole episode, future included. It
-# proposes one at each *entry*: on the grid every step, for the ant the first, and each that leads into another cell.
-# ----------------------------------------------------------------------------------------------------
-
-
-class Controller(nn.Module):
-    """Linear control of the residual stream: e^ = e + U e, where U = out^T inn has rank R.
-
-    Both factors are weighted sums over K controllers: out = sum_k weight_k out_k, and inn alike. The residual is
-    multiplied by inn first, then by out, so that no D x D matrix is ever built.
-    """
-
-    def __init__(self, c: Config, K: int):
-        super().__init__()
-        self.inn = nn.Parameter(torch.randn(K, c.rank, c.dim) * c.dim**-0.5)  # what it reads
-        self.out = nn.Parameter(torch.zeros(K, c.rank, c.dim))  # what it writes: nothing at first
-
-    def forward(self, residual, weight):
-        """residual (..., D), weight (..., K) -> controlled residual (..., D)."""
-        weight, (K, R, _) = weight[..., None], self.inn.shape
-        inn_e = (residual @ self.inn.flatten(0, 1).T).unflatten(-1, (K, R))
-        inn_e = (weight * inn_e).sum(-2, keepdim=True)  # (..., 1, R)
-        return residual + (weight * inn_e).flatten(-2) @ self.out.flatten(0, 1)
-
-
-def shift_right(x):
-    """x_1..x_T -> 0, x_1..x_T-1 along time (dim 1)."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
-
-
-def memory_after(gate, before, memory: str):
-    """keep (B, T) of the steered base, None if it has no memory; before (B, T): the gate one step earlier.
-
-    segment: each switch is a fresh start, and the step of the switch itself leaves nothing behind either. There a
-    controller sees the colour that the agent has come to. It would learn which subgoal follows which in the expert's
-    tasks, and what the base remembers of a first step decides all others.
-    """
-    return {"segment": (1 - gate) * (1 - before), "none": None, "full": torch.ones_like(gate)}[memory]
-
-
-class Metacontroller(nn.Module):
-    """Discovers codes and when to switch them.
-
-    The encoder is non-causal and reads a copy of the episode (`view`: shuffled, entries alone); the gate is causal and
-    reads the episode itself, every step of it. Each has a history of what it reads, made by one and the same GRU.
-    """
-
-    def __init__(self, c: Config):
-        super().__init__()
-        D, H, S, Z = c.dim, c.history_dim, c.summary_dim, c.code_dim
-        self.history = nn.GRU(D, H, batch_first=True)
-        self.embedder = nn.GRU(D, S, batch_first=True)
-        self.encoder = nn.Sequential(
-            nn.Linear(D + H + S, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
-        )
-        self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
-        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.SiLU())
-        self.controller = Controller(c, c.decoder_hidden + 1)
-        nn.init.zeros_(self.switch[2].bias)
-        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a proposal is more than noise from the start
-
-    def read(self, residual):
-        """The residual stream as the metacontroller sees it: scaled to root mean square 1."""
-        return F.rms_norm(residual, residual.shape[-1:])
-
-    def encode(self, view, count):
-        """Gaussian of the code proposals: view (B, K + 1, D) -> mean, log_std, each (B, K + 1, Z).
-
-        Row `count` (B,) of the view is an episode's last observation, later ones are padding.
-        """
-        view = self.read(view)
-        # The summary reads from the end to the start: position k of the reversed episode is count - k.
-        reverse = (count[:, None] - torch.arange(view.shape[1], device=view.device)).clamp_min(0)[..., None]
-        backward = self.embedder(view.gather(1, reverse.expand_as(view)))[0]
-        summary = backward[torch.arange(len(view), device=view.device), count][:, None].expand(-1, view.shape[1], -1)
-        history = shift_right(self.history(view)[0])
-        return self.encoder(torch.cat([view, history, summary], dim=-1)).chunk(2, dim=-1)
-
-    def gate(self, residual, history, code):
-        """beta_t = f_switch(e_t, h_t-1, z_t-1) in [0, 1], causal: (..., D), (..., H), (..., Z) -> (...)."""
-        return torch.sigmoid(self.switch(torch.cat([self.read(residual), history, code], dim=-1))).squeeze(-1)
-
-    def integrate(self, residual, proposal, entry, threshold=None):
-        """Temporal integration, Eq. 2. residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
-
-        entry (B, T): the steps with a new proposal; the gate is 0 at others, as there is nothing to adopt. threshold:
-        a code is adopted or kept as a whole, adopted where the gate is above it, as in phase 3.
-        """
-        history = shift_right(self.history(self.read(residual))[0])
-        gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
-        code = proposal[:, 0]
-        codes, gates = [code], [gate]
-        for t in range(1, proposal.shape[1]):
-            gate = self.gate(residual[:, t], history[:, t], code) * entry[:, t]
-            adopt = gate if threshold is None else (gate > threshold).float()
-            # beta_t = 1 adopts the new code
-            code = adopt[:, None] * proposal[:, t] + (1 - adopt[:, None]) * code
-            codes.append(code)
-            gates.append(gate)
-        return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
-
-    def control(self, residual, code):
-        """The code chooses the controller, its constant part included: (..., D), (..., Z) -> (..., D)."""
-        return self.controller(residual, F.pad(self.decoder(code), (0, 1), value=1.0))
-
-
-def code_kl(mean, log_std):
-    """KL( N(mean, std^2) || N(0, I) ) in nats: (..., Z) -> (...)."""
-    return 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
-
-
-def gaussian_log_prob(x, mean, log_std):
-    """log N(x; mean, exp(log_std)^2), summed over the last dimension."""
-    return (-0.5 * ((x - mean) * torch.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# What every phase needs: data, loss, optimisers
-#
-# A phase is a function of a `run`, which holds config, seed, device and world (section "Running"), and of the models
-# of earlier phases. `run.start(phase)` seeds everything, so that a phase depends on nothing else.
-# ----------------------------------------------------------------------------------------------------
-
-
-def expert_batches(run: Run, rng: np.random.Generator, batch: int):
-    """Endless batches of fresh expert trajectories; each holds episodes of similar length (less padding)."""
-    while True:
-        episodes = run.world.episodes(batch * max(1, 4096 // batch), rng)
-        order = np.argsort(episodes.lengths, kind="stable").reshape(-1, batch)
-        for i in rng.permutation(len(order)):
-            yield episodes.take(order[i])
-
-
-def action_nll(run: Run, base: BaseModel, features, episodes: envs.Episodes):
-    """-ln p(the expert's action), nats; features (B, T, D) -> (B, T), 0 in padding."""
-    return -base.head.log_prob(base.head(features), run.tensor(episodes.target)) * run.tensor(episodes.mask)
 
 
 class Muon(torch.optim.Optimizer):
@@ -596,16 +1005,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(wide if wide.shape == p.shape else wide.T, alpha=group["lr"] * size)
 
 
-def scheduled(c: Config, optimiser, steps: int) -> list:
-    """The optimiser, and what warms its rate up and lowers it along a cosine; the paper's rates are constant."""
-    if not c.fast_optimiser:
-        return [optimiser]
-    peak, total = optimiser.param_groups[0]["lr"], max(2, steps + (steps == 50))  # at 50 OneCycleLR divides by 0
-    cycle = {"pct_start": 0.02, "div_factor": 25, "final_div_factor": 2, "cycle_momentum": False}
-    return [optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total, **cycle)]
-
-
-WEIGHT_DECAY = 0.03  # (paper)
+WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
 
 
 def pretrain_optimisers(c: Config, base: BaseModel) -> list:
@@ -616,62 +1016,36 @@ def pretrain_optimisers(c: Config, base: BaseModel) -> list:
     chosen = {id(p) for p in matrices}
     rest = [p for p in base.parameters() if id(p) not in chosen]
     muon = Muon(matrices, lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)
-    adamw = torch.optim.AdamW(rest, lr=3 * c.pretrain_lr, weight_decay=WEIGHT_DECAY)  # embeddings like it faster
-    return [*scheduled(c, muon, c.pretrain_steps), *scheduled(c, adamw, c.pretrain_steps)]
+    # Embeddings and heads learn best at a higher rate.
+    return [muon, torch.optim.AdamW(rest, lr=3 * c.pretrain_lr, weight_decay=WEIGHT_DECAY)]
 
 
-def update(model: nn.Module, loss, *steppers) -> None:
-    """One gradient step of `model`, its gradient's norm clipped to 1, by optimisers and schedulers.
+def rate(c: Config, progress: float) -> float:
+    """The learning rate, as a share of its peak, after this share (0 to 1) of a phase: it rises in the first fiftieth,
+    and falls to 0 in the second half. The paper's is constant."""
+    return min(1.0, 0.02 + 49 * progress, 2 - 2 * progress) if c.fast_optimiser else 1.0
+
+
+def update(model: nn.Module, loss, optimisers: list, rate: float) -> None:
+    """One gradient step of `model` at this share of the optimisers' peak rates, its gradient's norm clipped to 1.
 
     Callers whose loss is a sum over steps divide it by about their number, to bring the gradient near that norm.
     """
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
-    for stepper in steppers:
-        stepper.step()
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate * optimiser.defaults["lr"]
+        optimiser.step()
     model.zero_grad(set_to_none=True)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Phase 1: pretrain the base model (paper: App. C.1)
-#
-# In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. To do so
-# it has to work out from the moves so far which goal is pursued, and how one gets there. Phase 2 uses the second:
-# there the code says which goal, and the base does not remember earlier moves, as they would say the same (`memory`).
-# ----------------------------------------------------------------------------------------------------
-
-
-def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
-    """sum_t -ln p(a_t | o_1:t) - lambda ln p(o_t+1 | o_1:t), mean over episodes, nats -> (loss, stats)."""
-    obs, mask = run.tensor(episodes.obs), run.tensor(episodes.mask)
-    features = base(obs[:, :-1])
-    nll = action_nll(run, base, features, episodes).sum(1).mean()
-    if not run.config.obs_loss:
-        return nll, {"nll": nll.item()}
-    surprise = (base.head.next_nll(features, obs[:, 1:]) * mask).sum(1).mean()
-    return nll + run.config.obs_loss * surprise, {"nll": nll.item(), "obs_nll": surprise.item()}
-
-
-def pretrain(run: Run) -> BaseModel:
-    """Train the base model on the expert's actions, then freeze it."""
-    c = run.config
-    rng, _ = run.start("pretrain")
-    base = BaseModel(c).to(run.device)
-    steppers = pretrain_optimisers(c, base)
-    for step, episodes in zip(range(1, c.pretrain_steps + 1), expert_batches(run, rng, c.pretrain_batch)):
-        loss, stats = pretrain_loss(run, base, episodes)
-        length = episodes.mask.sum() / len(episodes.mask)
-        update(base, loss / length, *steppers)
-        run.log(step, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
-    return base.requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------
 # Check: can the frozen base be steered at all? (paper: Fig. 4)
 #
-# This is not part of the method, and it uses the true subgoals: one controller is trained for each of them. If these
-# cannot steer the base through a task that it has never seen, no discovered controller will.
+# This is not part of the method, as it uses the true subgoals: one controller is trained for each of them, and switched
+# by hand. We call them *labels*. If labels cannot steer the base through the RL task, no discovered code will.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -682,7 +1056,7 @@ class Labels(Controller):
         super().__init__(c, len(envs.WORLDS[c.world].subgoals))
 
     def control(self, residual, subgoal):
-        """residual (..., D), subgoal (...) -> controlled residual (..., D)."""
+        """residual (B, T, D), subgoal (B, T) -> controlled residual (B, T, D)."""
         # Indexing does the same, but sums up its gradient in another order each time, so that runs would differ.
         return self(residual, F.one_hot(subgoal, len(self.out)).to(residual.dtype))
 
@@ -695,384 +1069,68 @@ def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np
     return subgoal, changed
 
 
-def steer(run: Run, base: BaseModel) -> Labels:
-    """Train ground-truth controllers on the pretraining tasks."""
+def train_labels(run: Run, base: BaseModel) -> Labels:
+    """Train ground-truth controllers on the pretraining tasks; at first on blind episodes, as in phase 2."""
     c = run.config
-    rng, _ = run.start("steer")
+    rng = run.seeded("steer")
     labels = Labels(c).to(run.device)
-    steppers = scheduled(c, torch.optim.Adam(labels.parameters(), lr=c.steer_lr), c.steer_steps)
-    for step, episodes in zip(range(1, c.steer_steps + 1), expert_batches(run, rng, c.discover_batch)):
-        subgoal, changed = subgoals(run.world, episodes)
-        changed[:, 0] = True  # the first step is a switch, too
-        switched = run.tensor(changed).float()
-        residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-        controlled = labels.control(residual, run.tensor(np.maximum(subgoal, 0)))
-        features, _ = base.upper(controlled, memory_after(switched, shift_right(switched), c.memory))
+    optimiser = torch.optim.AdamW(labels.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)
+    for step, episodes in zip(range(c.steer_steps), expert_batches(run, rng, c.discover_batch)):
+        progress = step / c.steer_steps
+        blind = draw_blind(run, len(episodes.mask), progress)
+        subgoal = run.tensor(np.maximum(subgoals(run.world, episodes)[0], 0))
+        residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]), blind)
+        features, _ = base.upper(labels.control(residual, subgoal), blind)
         loss = action_nll(run, base, features, episodes).sum(1).mean()
-        update(labels, loss / episodes.mask.shape[1], *steppers)
-        run.log(step, c.steer_steps, "steps", nll=loss.item())
+        update(labels, loss / episodes.mask.shape[1], [optimiser], rate(c, progress))
+        run.log(step + 1, c.steer_steps, "steps", nll=loss.item())
     return labels.requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Rollouts: the base model acts in the environment, and a pilot may steer its residual stream
-# ----------------------------------------------------------------------------------------------------
-
-
-class Pilot:
-    """What steers the base in a rollout. This one leaves it alone, with all its memory."""
-
-    memory = "full"
-
-    def steer(self, residual, batch):
-        """residual (B, D) -> controlled residual (B, D), opened gates (B,)."""
-        return residual, torch.zeros_like(residual[:, 0])
-
-    def select(self, kept) -> None:
-        """Only the episodes `kept`, a mask (B,), live on."""
 
 
 class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, run: Run, B: int, labels: Labels):
-        self.run, self.memory, self.labels = run, run.config.memory, labels
+        self.run, self.labels, self.blind = run, labels, run.config.blind == 1
         self.subgoal = torch.full((B,), -1, device=run.device)
 
-    def steer(self, residual, batch):
+    def steer(self, residual, batch, rows):
         subgoal = self.run.tensor(batch.subgoal())
-        opened, self.subgoal = (subgoal != self.subgoal).float(), subgoal
-        return self.labels.control(residual, subgoal), opened
-
-    def select(self, kept) -> None:
-        self.subgoal = self.subgoal[kept]
-
-
-class CodePilot(Pilot):
-    """The metacontroller without its encoder: `choose` gives a new code where the gate opens, else the code is held.
-
-    The gate is open at entries where beta_t is above the threshold, and at the first step. (Alg. 1)
-    """
-
-    def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
-        c, device = run.config, run.device
-        self.run, self.memory, self.meta, self.choose = run, c.memory, meta, choose
-        self.rows = torch.arange(B, device=device)  # of the living episodes
-        self.history = torch.zeros(1, B, c.history_dim, device=device)
-        self.code = torch.zeros(B, c.code_dim, device=device)
-        self.first = True
-
-    def steer(self, residual, batch):
-        self.gate = self.meta.gate(residual, self.history[0], self.code) * self.run.tensor(batch.entered)
-        opened = (self.gate > self.run.config.threshold) | self.first
-        self.first = False
-        if opened.any():
-            self.code[opened] = self.choose(residual[opened], self.rows[opened])
-        _, self.history = self.meta.history(self.meta.read(residual)[:, None], self.history)
-        return self.meta.control(residual, self.code), opened.float()
-
-    def select(self, kept) -> None:
-        self.rows, self.history, self.code = self.rows[kept], self.history[:, kept], self.code[kept]
-
-
-class Result(NamedTuple):
-    """N finished episodes."""
-
-    reward: torch.Tensor  # (N,)
-    visited: np.ndarray  # (N, T) colour visited by each step, else -1
-    switched: np.ndarray  # (N, T) open gates
-    mask: np.ndarray  # (N, T) steps that were lived
-    obs: torch.Tensor | None  # (N, T, F) if recorded
-    action: torch.Tensor | None  # (N, T, ...) if recorded
-    log_prob: torch.Tensor | None  # (N, T) of the actions if recorded
-
-
-@torch.no_grad()
-def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, generator, temperature=1.0, record=False) -> Result:
-    """The episodes of a batch, from where they stand to their ends.
-
-    temperature scales the base's action distribution; record keeps observations and actions. Episodes step together
-    and are dropped when they end: cost follows the living.
-    """
-    count, T, device = len(batch), run.world.limit, run.device
-    visited, switched = np.full((count, T), -1, dtype=np.int8), np.zeros((count, T), dtype=bool)
-    mask, reward = np.zeros((count, T), dtype=bool), torch.zeros(count, device=device)
-    tables = None  # of observations, actions and their log-probabilities
-    alive, lower, upper = np.arange(count), None, None
-    for t in range(T):
-        obs, rows = run.tensor(batch.observe()), run.tensor(alive)
-        residual, lower = base.lower(obs[:, None], lower)
-        controlled, opened = pilot.steer(residual[:, 0], batch)
-        before = run.tensor(switched[alive, t - 1]).float()  # at the first step that is the last column, yet empty
-        keep = memory_after(opened[:, None], before[:, None], pilot.memory)
-        features, upper = base.upper(controlled[:, None], keep, upper)
-        output = base.head(features[:, 0])
-        if not output.isfinite().all():
-            raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
-        action = base.head.sample(output, temperature, generator)
-        visit, gain, done = batch.step(action.cpu().numpy())
-        visited[alive, t], switched[alive, t], mask[alive, t] = visit, opened.bool().cpu().numpy(), True
-        if record:
-            values = obs, action, base.head.log_prob(output, action, temperature)
-            tables = tables or [value.new_zeros(count, T, *value.shape[1:]) for value in values]
-            for table, value in zip(tables, values):
-                table[rows, t] = value
-        reward[rows] += run.tensor(gain)
-        if done.any():  # drop the dead
-            kept = run.tensor(~done)
-            alive = alive[~done]
-            pilot.select(kept)  # before the batch: a viewer looks at it once more
-            batch.select(~done)
-            lower, upper = ([tuple(part[kept] for part in block) for block in state] for state in (lower, upper))
-        if not len(alive):
-            break
-    return Result(reward, visited, switched, mask, *(tables or [None] * 3))
+        opened = subgoal != self.subgoal[rows]
+        self.subgoal[rows] = subgoal
+        return self.labels.control(residual[:, None], subgoal[:, None])[:, 0], opened
 
 
 # ----------------------------------------------------------------------------------------------------
-# Phase 2: discover controllers and when to switch them (paper: Sec. 3, App. D.2, Eq. 3)
-#
-# In: the frozen base and the same unlabelled trajectories. Out: a metacontroller. Its encoder may look at the whole
-# episode, but each nat that it tells through the code costs alpha; so it tells what the base does not know, and only
-# when there is something new to tell. That is when the gate learns to open.
+# The baseline: RL on raw actions, by the same loop (paper: App. C.5)
 # ----------------------------------------------------------------------------------------------------
 
 
-def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
-    """What the encoder makes of a shuffled copy of the episodes: proposals (B, T, Z), drawn from its Gaussians, the
-    steps at which there is a new one (B, T), and the nats that it costs there (B, T).
+FAILURES = 16  # of each batch, to learn from
 
-    The copy shows what is visited when, but neither headings nor places nor distances: a code read off it can name a
-    colour and nothing else that transfers. This is what makes codes mean subgoals.
 
-    The encoder reads an episode entry by entry, so that the pace does not matter. There alone can the gate open.
+def play_actions(run: Run, model: BaseModel, count: int, rng) -> tuple[Decisions, float]:
+    """Raw-action RL plays `count` episodes -> decisions, which are actions, and success.
+
+    It learns from all successes and from a few failures, drawn at random, because episodes are long. The gradient is
+    that of the whole batch on average, up to a factor.
     """
-    view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
-    entry = run.world.entries(episodes.obs)[:, :-1] & episodes.mask
-    number, count = entry.cumsum(axis=1) - 1, entry.sum(axis=1)  # the entry that each step belongs to; entries in all
-    steps = np.repeat(episodes.lengths[:, None], count.max() + 1, axis=1)  # the last observation closes each episode
-    rows, at = np.nonzero(entry)
-    steps[rows, number[entry]] = at
-    residual, _ = base.lower(run.tensor(np.take_along_axis(view, steps[..., None], axis=1)))
-    number, entry = run.tensor(number)[..., None].expand(-1, -1, run.config.code_dim), run.tensor(entry)
-    mean, log_std = (part.gather(1, number) for part in meta.encode(residual, run.tensor(count)))
-    noise = torch.randn(mean.shape, generator=generator, device=run.device)
-    return mean + torch.exp(log_std) * noise, entry, code_kl(mean, log_std) * entry
-
-
-def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, generator, charge: float):
-    """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
-
-    The KL is that of every proposal, adopted or not: it pays to propose something only where the gate will open.
-    charge, 0 to 1, is the share of it that is charged. While it is below 1, the steered blocks have no memory, so that
-    the code must say everything; from then on they remember what they will remember in phase 3. Gradients flow through
-    the frozen upper blocks.
-    """
-    mask = run.tensor(episodes.mask)
-    residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]))
-    proposal, entry, kl = propose(run, base, meta, episodes, rng, generator)
-    code, gate = meta.integrate(residual, proposal, entry)
-    keep = memory_after(gate, shift_right(gate), "none" if charge < 1 else run.config.memory)
-    features, _ = base.upper(meta.control(residual, code), keep)
-    nll = action_nll(run, base, features, episodes).sum(1).mean()
-    kl = kl.sum(1).mean()
-    gates = (gate * mask).sum(1).mean()
-    return nll + charge * (run.config.kl_weight * kl), {"nll": nll.item(), "kl": kl.item(), "gates": gates.item()}
-
-
-def discover(run: Run, base: BaseModel) -> Metacontroller:
-    """Train the metacontroller on the frozen base, then freeze it too."""
-    c = run.config
-    rng, generator = run.start("discover")
-    meta = Metacontroller(c).to(run.device)
-    steppers = scheduled(c, torch.optim.Adam(meta.parameters(), lr=c.discover_lr), c.discover_steps)
-    for step, episodes in zip(range(1, c.discover_steps + 1), expert_batches(run, rng, c.discover_batch)):
-        charge = min(1.0, max(0, step - c.free_steps) / max(1, c.free_steps))
-        loss, stats = discovery_loss(run, base, meta, episodes, rng, generator, charge)
-        update(meta, loss / 10, *steppers)  # about the steps of an episode
-        run.log(step, c.discover_steps, "steps", **stats)
-    return meta.requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Phase 3: internal RL, and RL on raw actions through the same loop (paper: App. C.5, Algorithms 1-3)
-#
-# In: the frozen base and metacontroller. Out: a policy that chooses codes. An episode of a hundred steps is only a few
-# decisions for it, one for each opening of the gate: this is contracted time. Codes already do sensible things, so
-# random ones solve the task now and then (one episode in some thousands): there is something to learn from.
-# ----------------------------------------------------------------------------------------------------
-
-
-class Policy(nn.Module):
-    """Causal policy over codes: a GRU whose state advances at switches, then a Gaussian.
-
-    At first it is the codes' prior, N(0, I). Its deviations stay above 0.1: the few successes of the first batches
-    would make it narrow before its means are right, and the narrower it is, the less it learns about other codes.
-    """
-
-    LEAST_LOG_STD = -2.3
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.memory = nn.GRU(c.dim, c.policy_dim, batch_first=True)
-        self.head = nn.Linear(c.policy_dim, 2 * c.code_dim)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, residual, state=None):
-        """residual (B, K, D) at K successive switches -> mean, log_std (B, K, Z), state (1, B, policy_dim)."""
-        x, state = self.memory(F.rms_norm(residual, residual.shape[-1:]), state)
-        mean, log_std = self.head(x).chunk(2, dim=-1)
-        return mean, log_std.clamp_min(self.LEAST_LOG_STD), state
-
-
-class Decisions(NamedTuple):
-    """What RL learns from: N episodes of K decisions. For internal RL a decision is a code, for raw RL an action."""
-
-    inputs: torch.Tensor  # (N, K, D) residual at the switch | (N, K, F) observation
-    chosen: torch.Tensor  # (N, K, Z) code | (N, K, ...) action
-    log_prob: torch.Tensor  # (N, K) when it was chosen
-    mask: torch.Tensor  # (N, K) decisions that were made
-    reward: torch.Tensor  # (N,) terminal
-
-
-class PolicyCodes:
-    """Codes sampled from the policy, remembered with their log-probabilities: one row per switch, no more.
-
-    Decision k of an episode is its k-th switch. Only the first 12 are remembered: an agent that walks in circles may
-    switch at every step. Without `sample` codes are the means of the policy, to evaluate it.
-    """
-
-    MOST = 12
-
-    def __init__(self, run: Run, B: int, policy: Policy, generator, sample: bool = True):
-        c, device = run.config, run.device
-        self.policy, self.generator, self.sample = policy, generator, sample
-        self.state = torch.zeros(1, B, c.policy_dim, device=device)
-        self.count = torch.zeros(B, dtype=torch.int64, device=device)  # decisions so far
-        shapes = (c.dim,), (c.code_dim,), (), ()
-        self.tables = [torch.zeros(B, self.MOST, *shape, device=device) for shape in shapes]
-
-    def __call__(self, residual, rows):
-        """residual (B, D) of the episodes `rows` (B,) whose gate is open -> code (B, Z)."""
-        mean, log_std, self.state[:, rows] = self.policy(residual[:, None], self.state[:, rows])
-        mean, log_std = mean[:, 0], log_std[:, 0]
-        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
-        code = mean + torch.exp(log_std) * noise if self.sample else mean  # Alg. 2: z ~ pi(z | e_t, own state)
-        k = self.count[rows]
-        kept = k < self.MOST
-        decision = residual, code, gaussian_log_prob(code, mean, log_std), torch.ones_like(mean[:, 0])
-        for table, value in zip(self.tables, decision):
-            table[rows[kept], k[kept]] = value[kept]
-        self.count[rows] += 1
-        return code
-
-
-class InternalLearner:
-    """RL inside the model: base, metacontroller and gate are frozen, the policy over codes learns."""
-
-    def __init__(self, run: Run, base: BaseModel, meta: Metacontroller, policy: Policy):
-        self.run, self.base, self.meta, self.model = run, base, meta, policy
-        self.optimiser = torch.optim.Adam(policy.parameters(), lr=run.config.rl_lr)
-
-    def collect(self, count: int, rng, generator, sample: bool = True) -> tuple[Decisions, float]:
-        """Play `count` episodes -> what to learn from, success."""
-        codes = PolicyCodes(self.run, count, self.model, generator, sample)
-        pilot, batch = CodePilot(self.run, count, self.meta, codes), self.run.world.batch(count, rng)
-        result = rollout(self.run, self.base, pilot, batch, generator, self.run.config.temperature)
-        return Decisions(*codes.tables, result.reward), result.reward.mean().item()
-
-    def log_prob(self, inputs, chosen):
-        """Of each decision, (N, K)."""
-        mean, log_std, _ = self.model(inputs)
-        return gaussian_log_prob(chosen, mean, log_std)
-
-
-class RawLearner:
-    """The baseline: the same objective fine-tunes the base itself; a decision is a raw action.
-
-    It learns from all successes of a batch and from 16 of its failures, drawn at random, as episodes are long. On
-    average over the draws the advantages are those of the whole batch times a constant: in either, the advantages of
-    the failures add up to minus those of the successes.
-    """
-
-    FAILURES = 16
-
-    def __init__(self, run: Run, base: BaseModel):
-        self.run, self.model = run, base
-        self.optimiser = torch.optim.Adam(base.parameters(), lr=run.config.raw_lr)
-
-    def collect(self, count: int, rng, generator) -> tuple[Decisions, float]:
-        result = rollout(self.run, self.model, Pilot(), self.run.world.batch(count, rng), generator, record=True)
-        mask = self.run.tensor(result.mask).float()
-        batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
-        kept = batch.reward > 0
-        failed = torch.nonzero(~kept)[:, 0]
-        kept[failed[torch.randperm(len(failed), generator=generator, device=failed.device)[: self.FAILURES]]] = True
-        return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
-
-    def log_prob(self, inputs, chosen):
-        """Of each action, (N, K)."""
-        return self.model.head.log_prob(self.model.head(self.model(inputs)), chosen)
-
-
-def terminal_advantage(reward):
-    """A = (R - mean R) / (std R + 1e-3) over the batch, the same for all decisions of an episode: (N,) -> (N,)."""
-    return (reward - reward.mean()) / (reward.std(correction=0) + 1e-3)
-
-
-def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """PPO's clipped ratio, mean over decisions. log_prob, old_log_prob, mask (N, K), advantage (N,) -> scalar."""
-    ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
-    advantage = advantage[:, None]
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(gain * mask).sum() / mask.sum()
-
-
-def reinforce(run: Run, phase: str, learner) -> None:
-    """Clipped REINFORCE on one terminal reward; run.curves[phase] becomes [(episodes, success of that batch)].
-
-    What is left of PPO, and why: 1. no critic and no GAE: there is one reward, at the end, and its batch mean is
-    the baseline. 2. no entropy bonus. 3. the clipped ratio stays, as it allows several passes over a batch; its bound
-    is wide, since the few successes of the first batches shall move the policy far.
-    """
-    c = run.config
-    rng, generator = run.start(phase)
-    curve, episodes, peak = run.curves.setdefault(phase, []), 0, learner.optimiser.param_groups[0]["lr"]
-    while episodes < c.rl_episodes:
-        if c.fast_optimiser:  # in the second half the rate falls: what is left then is mostly the batches' noise
-            learner.optimiser.param_groups[0]["lr"] = peak * min(1, 2 - 2 * episodes / c.rl_episodes)
-        # collect
-        batch, success = learner.collect(c.rl_batch, rng, generator)
-        episodes += c.rl_batch
-        curve.append((episodes, success))
-        # advantage
-        advantage = terminal_advantage(batch.reward)
-        # update: without a single success every advantage is exactly zero, and there is nothing to learn from
-        for _ in range(c.rl_epochs if advantage.any() else 0):
-            order = torch.randperm(len(advantage), generator=generator, device=run.device)
-            for index in order.chunk(c.rl_minibatches):
-                longest = int(batch.mask[index].sum(1).max())
-                inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
-                loss = policy_loss(learner.log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
-                update(learner.model, loss, learner.optimiser)
-        # log
-        run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
-
-
-def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
-    """Phase 3: train a policy over codes."""
-    run.start("rl")  # its seed decides the first weights
-    policy = Policy(run.config).to(run.device)
-    reinforce(run, "rl", InternalLearner(run, base, meta, policy))
-    return policy.requires_grad_(False)
+    result = rollout(run, model, Pilot(), run.world.batch(count, rng))
+    mask = run.tensor(result.mask).float()
+    batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
+    kept = batch.reward > 0
+    failed = torch.nonzero(~kept)[:, 0]
+    kept[failed[torch.randperm(len(failed), device=failed.device)[:FAILURES]]] = True
+    return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
 
 
 def raw_rl(run: Run, base: BaseModel) -> BaseModel:
     """The baseline: fine-tune a copy of the base on raw actions, with as many episodes."""
-    model = BaseModel(run.config).to(run.device)
-    model.load_state_dict(base.state_dict())
-    reinforce(run, "raw", RawLearner(run, model))
+    c = run.config
+    model = copy.deepcopy(base).requires_grad_(True)
+    collect = lambda rng: play_actions(run, model, c.rl_batch, rng)
+    log_prob = lambda obs, action: model.head(model(obs)).log_prob(action)
+    reinforce(run, "raw", model, c.raw_lr, collect, log_prob)
     return model.requires_grad_(False)
 
 
@@ -1090,8 +1148,7 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     for part in episodes.chunks():
         total += action_nll(run, base, base(run.tensor(part.obs[:, :-1])), part).sum().item()
     floor, loss = run.world.floor(episodes), total / count
-    rng, generator = run.start("evaluate")
-    reach = rollout(run, base, Pilot(), run.world.batch(count, rng), generator)
+    reach = rollout(run, base, Pilot(), run.world.batch(count, run.seeded("evaluate")))
     return {
         **({"base_nats": loss} if floor is None else {"base_excess_nats": loss - floor}),
         "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
@@ -1101,9 +1158,8 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
 
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     """Post-training success of ground-truth controllers that are switched by hand, actions at temperature 1."""
-    rng, generator = run.start("evaluate")
-    batch = run.world.batch(run.config.eval_episodes, rng)
-    result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch, generator)
+    batch = run.world.batch(run.config.eval_episodes, run.seeded("evaluate"))
+    result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch)
     return {"steer_success": result.reward.mean().item()}
 
 
@@ -1115,13 +1171,14 @@ def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
 
 
 @torch.no_grad()
-def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, generator):
+def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
     """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, and KL of the proposals (N, T)."""
     found = []
     for part in episodes.chunks():
-        residual, _ = base.lower(run.tensor(part.obs[:, :-1]))
-        proposal, entry, kl = propose(run, base, meta, part, rng, generator)
-        found.append((*meta.integrate(residual, proposal, entry, run.config.threshold), kl))
+        blind = draw_blind(run, len(part.mask), progress=1)
+        residual, _ = base.lower(run.tensor(part.obs[:, :-1]), blind)
+        proposal, kl = propose(run, base, meta, part, rng)
+        found.append((*meta.integrate(residual, proposal, run.config.threshold), kl))
     return [torch.cat(column) for column in zip(*found)]
 
 
@@ -1132,21 +1189,21 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     switcher, at as many entries, is measured beside. The read-out of the true subgoal from a code is a small MLP's.
     """
     base, c, world = models["pretrain"], run.config, run.world
-    rng, generator = run.start("evaluate")
+    rng = run.seeded("evaluate")
     episodes = run.held_out()
     subgoal, changed = subgoals(world, episodes)
-    code, gate, kl = encode(run, base, meta, episodes, rng, generator)
+    code, gate, kl = encode(run, base, meta, episodes, rng)
     adopted = (gate > c.threshold).cpu().numpy() & episodes.mask
-    switched, later = adopted.copy(), world.entries(episodes.obs)[:, :-1] & episodes.mask
+    switched, later = adopted.copy(), episodes.mask.copy()
     switched[:, 0] = later[:, 0] = False
     by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
     at, near = run.tensor(adopted), world.tolerance
     named = [code[at & (run.tensor(subgoal) == k)] for k in range(len(world.subgoals))]
-    policy = Policy(c).to(run.device)  # its codes are random: it has not learned yet
 
     def random_codes(count: int, roam: bool) -> Result:
-        pilot = CodePilot(run, count, meta, PolicyCodes(run, count, policy, generator))
-        return rollout(run, base, pilot, world.batch(count, rng, roam), generator, c.temperature)
+        draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
+        pilot = CodePilot(run, count, meta, draw)
+        return rollout(run, base, pilot, world.batch(count, rng, roam), c.temperature)
 
     roaming, trials = random_codes(c.eval_episodes, True), random_codes(4 * c.eval_episodes, False)
     table = transition_table(world, roaming.visited)
@@ -1160,7 +1217,7 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
         "true_changes_per_episode": float(changed.sum() / len(changed)),
         "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
         "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at]),
-        "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.post)])),
+        "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.rl_task)])),
         "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
         "mean_codes": [part.mean(0).nan_to_num().tolist() for part in named],  # of each true subgoal
@@ -1208,7 +1265,7 @@ def print_raster(run: Run, base: BaseModel, meta: Metacontroller) -> None:
     """True subgoals over switch marks (|), for three held-out episodes."""
     episodes = run.held_out().take(np.arange(3))
     subgoal, _ = subgoals(run.world, episodes)
-    _, gate, _ = encode(run, base, meta, episodes, *run.start("figures"))
+    _, gate, _ = encode(run, base, meta, episodes, run.seeded("figures"))
     for i, steps in enumerate(episodes.lengths):
         print("true subgoal  " + "".join(str(g) for g in subgoal[i, :steps]))
         print("gate opens    " + "".join("|" if g > run.config.threshold else "." for g in gate[i, :steps]))
@@ -1216,15 +1273,14 @@ def print_raster(run: Run, base: BaseModel, meta: Metacontroller) -> None:
 
 def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
     """Post-training success of the policy, sampled and with its mean codes, on fresh episodes."""
-    learner, count = InternalLearner(run, models["pretrain"], models["discover"], policy), 4 * run.config.eval_episodes
-    success, mean_success = (learner.collect(count, *run.start("evaluate"), sample)[1] for sample in (True, False))
-    return {"internal_rl_success": success, "internal_rl_mean_success": mean_success}
+    play = functools.partial(play_codes, run, models["pretrain"], models["discover"], policy)
+    success = [play(4 * run.config.eval_episodes, run.seeded("evaluate"), sample)[1] for sample in (True, False)]
+    return {"internal_rl_success": success[0], "internal_rl_mean_success": success[1]}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
     """Post-training success of the fine-tuned base on fresh episodes."""
-    _, success = RawLearner(run, model).collect(4 * run.config.eval_episodes, *run.start("evaluate"))
-    return {"raw_rl_success": success}
+    return {"raw_rl_success": play_actions(run, model, 4 * run.config.eval_episodes, run.seeded("evaluate"))[1]}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1264,7 +1320,7 @@ def draw_gates(axis, run: Run, models: dict) -> None:
     """The gate over time on three held-out episodes; the shades are the true subgoals."""
     episodes, colours = run.held_out().take(np.arange(3)), code_colours(run.world)
     subgoal, changed = subgoals(run.world, episodes)
-    gate = encode(run, models["pretrain"], models["discover"], episodes, *run.start("figures"))[1].cpu().numpy()
+    gate = encode(run, models["pretrain"], models["discover"], episodes, run.seeded("figures"))[1].cpu().numpy()
     for i, steps in enumerate(episodes.lengths):
         axis.bar(np.arange(steps), 1, 1, -1.3 * i, color=colours[subgoal[i, :steps]], alpha=0.4)
         axis.bar(np.arange(steps), gate[i, :steps], 0.3, -1.3 * i, color="black")
@@ -1275,10 +1331,10 @@ def draw_gates(axis, run: Run, models: dict) -> None:
 
 def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
-    rng, generator = run.start("figures")
+    rng = run.seeded("figures")
     pilot = CodePilot(run, 100, models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
     heat, batch = run.config.temperature, run.world.scattered(100, rng)
-    result = rollout(run, models["pretrain"], pilot, batch, generator, heat, record=True)
+    result = rollout(run, models["pretrain"], pilot, batch, heat)
     seen, rows, last = result.visited >= 0, np.arange(100), result.mask.sum(axis=1) - 1
     first = seen.argmax(axis=1)
     end = np.where(seen.any(axis=1), np.minimum(first + 1, last), last)
@@ -1364,20 +1420,20 @@ class Viewer(CodePilot):
 
     def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float):
         super().__init__(run, 1, meta, choose)
-        self.codes, self.fps, self.frames = codes, fps, []
+        self.run, self.codes, self.fps, self.frames = run, codes, fps, []
 
-    def show(self) -> None:
-        world, batch = self.run.world, self.batch
-        marked = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(world.post))
+    def show(self, batch) -> None:
+        world = self.run.world
+        marked = " ".join(f"[{c}]" if i == batch.stage[0] else str(c) for i, c in enumerate(world.rl_task))
         task = "" if batch.roam else f", task {marked}"
         print(f"step {len(self.frames)}{task}\n{envs.grid_text(world, batch.content[0], int(batch.cell[0]))}", end="")
 
-    def steer(self, residual, batch):
-        t, self.batch = len(self.frames), batch
+    def steer(self, residual, batch, rows):
+        t = len(self.frames)
         shown = batch.entered[0] or t % self.run.world.tolerance == 0
         if shown:
-            self.show()
-        controlled, opened = super().steer(residual, batch)
+            self.show(batch)
+        controlled, opened = super().steer(residual, batch, rows)
         number, gate = int(torch.cdist(self.code, self.codes).argmin()), self.gate.item() if t else 1.0
         self.frames.append((batch.observe()[0], number, gate, bool(opened)))
         if shown:
@@ -1385,11 +1441,10 @@ class Viewer(CodePilot):
             time.sleep(1 / self.fps if self.fps else 0)
         return controlled, opened
 
-    def select(self, kept) -> None:
-        """The one episode has ended: show where the last step led."""
-        self.show()
-        self.frames.append((self.batch.observe()[0], self.frames[-1][1], 0.0, False))
-        super().select(kept)
+    def end(self, batch) -> None:
+        """Show where the last step led."""
+        self.show(batch)
+        self.frames.append((batch.observe()[0], self.frames[-1][1], 0.0, False))
 
 
 def watch(run: Run, args) -> int:
@@ -1397,7 +1452,7 @@ def watch(run: Run, args) -> int:
     path = load_saved(run, "watch")
     models = {name: load_model(run, name) for name in TRAINED}
     codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
-    (rng, generator), episodes, solved, fps = run.start("watch"), [], 0, 4 if args.fps is None else args.fps
+    rng, episodes, solved, fps = run.seeded("watch"), [], 0, 4 if args.fps is None else args.fps
     held = args.code is not None
     print(f"The trained run {path}. Codes are numbered by the true subgoal that they serve, for display only.\n"
           "@ agent, * agent on a colour, # wall, [ ] the next visit (the policy is not told)\n"
@@ -1405,11 +1460,12 @@ def watch(run: Run, args) -> int:
     try:
         for number in range(1, (args.watch_episodes or (1 if held else 3)) + 1):
             by_number = args.by_hand or held
-            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"], generator)
+            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"])
             viewer = Viewer(run, models["discover"], choose, codes, fps)
             episodes.append(viewer.frames)
             batch = run.world.batch(1, rng, roam=held)  # one code: also after its goal is reached
-            result = rollout(run, models["pretrain"], viewer, batch, generator, run.config.temperature)
+            result = rollout(run, models["pretrain"], viewer, batch, run.config.temperature)
+            viewer.end(batch)
             solved += int(result.reward.item())
             visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
             line = f"{result.mask.sum()} steps, visits {visits}"
@@ -1453,12 +1509,12 @@ class Run:
         self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
         self._held_out, self.curves = None, {}
 
-    def start(self, phase: str) -> tuple[np.random.Generator, torch.Generator]:
-        """Begin a phase: seed everything for it; returns a numpy and a torch generator."""
+    def seeded(self, phase: str) -> np.random.Generator:
+        """Begin a phase: seed PyTorch for it; returns what numpy's chance comes from, in the worlds."""
         number = 1000 * self.seed + STREAMS[phase]
         torch.manual_seed(number)
         self.phase, self.started, self.shown = phase, time.time(), 0.0
-        return np.random.default_rng(number), torch.Generator(self.device).manual_seed(number)
+        return np.random.default_rng(number)
 
     def tensor(self, array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -1496,14 +1552,14 @@ class Stage(NamedTuple):
     phase: str  # the --phase it belongs to
     needs: tuple[str, ...]  # earlier stages whose models it takes
     last: str  # the last config field it depends on: changing a later one leaves what is saved valid
-    run: object  # function (run, *needed models) -> model
+    train: object  # function (run, *needed models) -> model
     build: object  # config -> untrained model, to load a saved one into
     measure: object  # function (run, model, models so far) -> metrics
 
 
 STAGES = {
     "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
-    "steer": Stage("pretrain", ("pretrain",), "steer_lr", steer, Labels, measure_labels),
+    "steer": Stage("pretrain", ("pretrain",), "steer_steps", train_labels, Labels, measure_labels),
     "discover": Stage("discover", ("pretrain",), "threshold", discover, Metacontroller, measure_codes),
     "rl": Stage("rl", ("pretrain", "discover"), "rl_clip", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
@@ -1594,7 +1650,7 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         print(f"{name}: done before")
         return run.saved[name]["metrics"]
     stage, started = STAGES[name], time.time()
-    models[name] = stage.run(run, *(models[need] for need in stage.needs))
+    models[name] = stage.train(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
     print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers(metrics).items()), flush=True)
@@ -1656,13 +1712,22 @@ def between(kind, least, most):
     return parse
 
 
+def seeds(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1]
+    if not 0 <= min(found) <= max(found) < 10**6 or len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: must be different numbers below a million, such as 0,1,2")
+    return found
+
+
 WATCH = "watch_episodes", "fps", "by_hand", "code", "gif"  # flags of --phase watch
 
 
 def config_comments() -> dict[str, str]:
     """The comment beside each field of Config is its help text."""
-    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1].split("\nCLASSROOM")[0]
-    halves = [line.strip().split("  # ") for line in source.splitlines()]
+    halves = [line.strip().split("  # ") for line in inspect.getsource(Config).splitlines()]
     return {half[0].split(":")[0]: half[1] for half in halves if len(half) == 2}
 
 
@@ -1676,7 +1741,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--phase", default="all", help="what to run",
                         choices=["pretrain", "discover", "rl", "all", "watch"])  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
-    parser.add_argument("--seed", default="0", help="seed, or several: 0,1,2 (then results of all are collected)")
+    parser.add_argument("--seed", type=seeds, default="0", help="seed, or several: 0,1,2 (then all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
@@ -1731,7 +1796,8 @@ def describe_machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "mujoco", "gymnasium")}
+    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    packages = {name: found.get(name, "not installed") for name in ("torch", "numpy", "mujoco", "gymnasium")}
     return {"python": platform.python_version(), **packages}
 
 
@@ -1765,24 +1831,14 @@ def main(argv=None) -> int:
         return 130
 
 
-def parse_seeds(text: str) -> list[int]:
-    try:
-        seeds = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise Failure(f"--seed {text}: must be a number, or several such as 0,1,2") from None
-    if not 0 <= min(seeds) <= max(seeds) < 10**6 or len(set(seeds)) < len(seeds):
-        raise Failure(f"--seed {text}: must be different numbers between 0 and 999999")
-    return seeds
-
-
 def run_command(args, argv) -> int:
-    config, device, seeds = make_config(args), make_device(args.device), parse_seeds(args.seed)
+    config, device = make_config(args), make_device(args.device)
     alien = [name for name in WATCH if args.phase != "watch" and getattr(args, name) is not None]
     if alien:
         raise Failure(f"--{alien[0]}: belongs to --phase watch")
     if args.gif and Path(args.gif).suffix != ".gif":
         raise Failure(f"--gif {args.gif}: must end in .gif")
-    if args.phase == "watch" and len(seeds) > 1:
+    if args.phase == "watch" and len(args.seed) > 1:
         raise Failure(f"--seed {args.seed}: --phase watch shows one")
     if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
         raise Failure(f"--code {args.code}: there are {len(envs.WORLDS[config.world].subgoals)}, the first is 0")
@@ -1792,11 +1848,11 @@ def run_command(args, argv) -> int:
     if args.gif or not (args.no_figures or args.phase == "watch"):
         pyplot()  # say at once if it is missing
     folder = Path(args.out or f"runs/{args.env}-{args.preset}{'-fast' if args.fast else ''}")
-    alone = len(seeds) == 1 and args.out
+    alone = len(args.seed) == 1 and args.out
     print(f"internal_rl: --env {args.env} --preset {args.preset}; {versions()}; {describe_machine()}; "
           f"{torch.get_num_threads()} threads; {device}; to {folder}")  # fmt: skip
     name = f"{args.env}-{args.preset}"
-    runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}", name=name) for seed in seeds]
+    runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}", name=name) for seed in args.seed]
     if args.phase == "watch":
         return watch(runs[0], args)
     for run in runs:
