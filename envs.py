@@ -86,6 +86,7 @@ class World:
 
     kind = ""  # which embedding and action head the model takes
     tolerance = 1  # a switch this many steps from a true change of subgoal is a hit
+    shown_every = 1  # steps, when an episode is watched
 
     def __post_init__(self):
         for name, least in (("size", 2), ("colours", 1), ("walls", 0), ("limit", 1)):
@@ -96,6 +97,10 @@ class World:
                 f"colours={self.colours} and walls={self.walls} and the agent do not fit in size={self.size} "
                 f"({self.size**2} cells)"
             )
+        if sorted(colour for goal in self.subgoals for colour in goal) != list(range(self.colours)):
+            raise ValueError(f"subgoals={self.subgoals} must hold each colour 0..{self.colours - 1} once")
+        if len({len(goal) for goal in self.subgoals}) > 1:
+            raise ValueError(f"subgoals={self.subgoals} must all have the same number of colours")
         for task in (*self.pretrain_tasks, self.rl_task):
             if not task or any(not 0 <= colour < self.colours for colour in task):
                 raise ValueError(f"task={tuple(task)} must be a non-empty sequence of colours 0..{self.colours - 1}")
@@ -426,7 +431,7 @@ class GridBatch(Batch):
         return self.arrive(np.where(wall, self.cell, target))
 
     def observe(self) -> np.ndarray:
-        """Cell of every colour, every wall and the agent, (B, O + W + 1): where the paper's one-hots have their ones."""
+        """Cell of every colour, every wall and the agent, (B, O + W + 1): where the paper's one-hots are 1."""
         return np.concatenate([self.things, self.cell[:, None]], axis=1)
 
     def paper_observation(self) -> np.ndarray:
@@ -740,7 +745,8 @@ class AntWorld(World):
     noise: float = 0.05  # deviation of the noise on the torques while the expert walks
     spliced: bool = False  # no simulation: a step is one decision, see `SplicedBatch`
 
-    kind, fps, tolerance = "ant", 20, 5
+    kind, fps, tolerance, shown_every = "ant", 20, 5, 5
+    BODY = 35  # numbers of a body in its own frame
 
     def spaces(self):
         # No number gets larger: the largest are those of an ant LARGEST metres off the grid, in half cells.
@@ -803,6 +809,23 @@ class AntWorld(World):
         """Cell of each colour, each wall and the ant, or the nearest one off the grid, (..., O + W + 1)."""
         return np.floor(self.places(obs)).clip(0, self.size - 1).astype(int) @ (1, self.size)
 
+    def own_frame(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cells, (..., O + W + 1), and the body as the ant feels it, (..., BODY): height, tilt, joints and rates. Then,
+        in the frame of the torso: velocity (symlog), place in the cell, and the directions of the centres of the cells
+        above, below, left and right. These directions are the terms in which the scripted expert thinks.
+        """
+        height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
+        w, x, y, z = np.moveaxis(np.sign(orientation) * np.expm1(np.abs(orientation)), -1, 0)
+        yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+        centres = np.array([[0, 2], [0, -2], [-2, 0], [2, 0]], dtype=obs.dtype) - local[..., None, :]
+        centres /= np.linalg.norm(centres, axis=-1, keepdims=True)
+        plane = np.concatenate([velocity[..., None, :2], local[..., None, :], centres], axis=-2)
+        cos, sin = np.cos(yaw)[..., None], np.sin(yaw)[..., None]
+        ahead, left = plane[..., 0] * cos + plane[..., 1] * sin, plane[..., 1] * cos - plane[..., 0] * sin
+        turned = np.stack([ahead, left], axis=-1).reshape(*obs.shape[:-1], -1)
+        tilt = np.stack([w * x + y * z, w * y - x * z], axis=-1)
+        return self.cells(obs), np.concatenate([height, tilt, joints, velocity[..., 2:], turned], axis=-1)
+
     def places(self, obs: np.ndarray) -> np.ndarray:
         """Column and row of each colour, each wall and the ant in units of cells, (..., O + W + 1, 2)."""
         xy, things = obs[..., None, self.parts["xy"]], obs[..., self.parts["things"]]
@@ -848,9 +871,9 @@ class PinpadEnv(gym.Env):
     """Visit the coloured cells of a hidden task in order: a `Batch` of one episode.
 
     ## Description
-    A grid of size x size cells with `colours` coloured cells and `walls` walls at random places, all distinct. A colour
-    is visited when the agent moves onto its cell from another one. Defaults: the paper's post-training tasks. The
-    ant's cells are 1.25 m wide, a step is 0.05 s, and what counts is the cell of its torso's centre.
+    A grid of size x size cells with `colours` coloured cells and `walls` walls, each on a random cell of its own. A
+    colour is visited when the agent moves onto its cell from another one. Defaults: the paper's post-training tasks.
+    The ant's cells are 1.25 m wide, a step is 0.05 s, and what counts is the cell of its torso's centre.
 
     ## Action
     Grid: Discrete(4): 0 up, 1 down, 2 left, 3 right; a move into a wall or out of the grid does nothing. Ant:

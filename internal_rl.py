@@ -66,6 +66,7 @@ import csv
 import functools
 import importlib.metadata
 import inspect
+import io
 import json
 import math
 import os
@@ -129,7 +130,7 @@ class Config:
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
     free: Chance = 0.0625  # departure: for this share of the steps the KL is free, then for as long ever dearer
-    blind: Chance = 0.75  # departure: all episodes are read blind at first, none after this share; 1: always all
+    blind: Chance = 0.5  # departure: so long all episodes are read blind, then half as long ever fewer; 1: always all
     steer_steps: Natural = 1400  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -430,7 +431,7 @@ def code_kl(mean, log_std):
 
 
 def expert_batches(run: Run, rng: np.random.Generator, batch: int):
-    """Endless batches of fresh expert trajectories. Each holds episodes of similar length, so there is less padding."""
+    """Endless batches of fresh expert trajectories. Each has episodes of similar length: that is less padding."""
     while True:
         episodes = run.world.episodes(batch * max(1, 4096 // batch), rng)
         order = np.argsort(episodes.lengths, kind="stable").reshape(-1, batch)
@@ -462,9 +463,8 @@ def pretrain(run: Run) -> BaseModel:
     optimisers = pretrain_optimisers(c, base)
     for step, episodes in zip(range(c.pretrain_steps), expert_batches(run, rng, c.pretrain_batch)):
         loss, stats = pretrain_loss(run, base, episodes)
-        length = episodes.mask.sum() / len(episodes.mask)
-        update(base, loss / length, optimisers, rate(c, step / c.pretrain_steps))
-        run.log(step + 1, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / length, **stats)
+        update(base, loss / episodes.lengths.mean(), optimisers, rate(c, step / c.pretrain_steps))
+        run.log(step + 1, c.pretrain_steps, "steps", nats_per_step=stats["nll"] / episodes.lengths.mean(), **stats)
     return base.requires_grad_(False)
 
 
@@ -508,10 +508,9 @@ def kl_charge(c: Config, progress: float) -> float:
 
 
 def draw_blind(run: Run, count: int, progress: float):
-    """Which of `count` episodes are read blind, (count,) bool or None: all until the KL is charged in full, then ever
-    fewer, none after the share `blind` of phase 2."""
-    c = run.config
-    share = 1.0 if c.blind == 1 else 1 - ramp(progress, 2 * c.free, c.blind)
+    """Which of `count` episodes are read blind, (count,) bool or None: all for the share `blind` of phase 2, then for
+    half as long ever fewer."""
+    share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     return torch.rand(count, device=run.device) < share if share else None
 
 
@@ -567,7 +566,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     for step, episodes in zip(range(c.discover_steps), expert_batches(run, rng, c.discover_batch)):
         progress = step / c.discover_steps
         loss, stats = discovery_loss(run, base, meta, episodes, rng, progress)
-        update(meta, loss / 10, [optimiser], rate(c, progress))
+        update(meta, loss / episodes.lengths.mean(), [optimiser], rate(c, progress))
         run.log(step + 1, c.discover_steps, "steps", **stats)
     return meta.requires_grad_(False)
 
@@ -680,8 +679,8 @@ def living(past, kept: np.ndarray):
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
 #     reward                               1      one, at the very end
 #
-# The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. It is not
-# told the task. Random codes already walk to colours, so some episodes succeed by chance, and RL can begin.
+# The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. Nobody
+# tells it the task. Random codes already walk to colours, so some episodes succeed by chance, and RL can begin.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -821,8 +820,8 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, least_std=0.0, kl_weight=0.17, temperature=1.0, policy_dim=256,
-    rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
+    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
+    least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
@@ -856,11 +855,12 @@ FAST = {
 
 
 class AbsoluteCells(nn.EmbeddingBag):
-    """The paper's: a vector for each (object, cell), which is a plain linear layer on the one-hots (637 numbers)."""
+    """The paper's: a vector for each (object, cell). This is a linear layer on the paper's one-hots, 637 numbers."""
 
     def __init__(self, c: Config, world: envs.World):
-        super().__init__(world.objects * world.size**2, c.dim, mode="sum")
-        nn.init.normal_(self.weight, std=(c.init_scale / world.objects) ** 0.5)
+        count = world.objects * world.size**2
+        super().__init__(count, c.dim, mode="sum")
+        nn.init.normal_(self.weight, std=(c.init_scale / count) ** 0.5)
         self.register_buffer("first_row", torch.arange(world.objects) * world.size**2, persistent=False)
 
     def forward(self, cells):
@@ -869,9 +869,13 @@ class AbsoluteCells(nn.EmbeddingBag):
 
 
 class RelativeCells(nn.Module):
-    """Departure: a vector for each (object, offset from the agent), which is learned many times faster and says the
-    same, but for the names of the walls, which mean nothing. The colours share their geometry: vector =
-    features(offset) @ matrix(colour) + obstacle(offset); walls are obstacles and no more."""
+    """Departure: where things lie as seen from the agent. It says the same as `AbsoluteCells`, and is learned many
+    times faster. An observation becomes the sum of
+
+        features(offset) @ matrix(colour) + obstacle(offset)     for each colour: they share what offsets mean
+        obstacle(offset)                                         for each wall: all walls are alike
+        agent(cell)                                              for the agent
+    """
 
     FEATURES = 24
 
@@ -882,51 +886,42 @@ class RelativeCells(nn.Module):
         self.colour = nn.Parameter(torch.randn(world.colours, self.FEATURES, dim) * self.FEATURES**-0.5)
         self.obstacle = nn.Parameter(0.1 * torch.randn(offsets, dim))
         self.agent = nn.Parameter(0.1 * torch.randn(world.size**2, dim))
-        table = torch.tensor([*range(world.colours), *[world.colours] * world.walls, world.colours + 1])
-        self.register_buffer("first_row", table * offsets, persistent=False)
+        # The table below holds one part for each colour, one for walls, one for the agent.
+        part = torch.tensor([*range(world.colours), *[world.colours] * world.walls, world.colours + 1])
+        self.register_buffer("first_row", part * offsets, persistent=False)
 
     def forward(self, cells):
         """Cells of all objects (B, T, O + W + 1) -> (B, T, D)."""
         G = self.size
-        place = cells // G * (2 * G - 1) + cells % G
-        offset = place[..., :-1] - place[..., -1:] + 2 * G * (G - 1)  # (0, 0) is in the middle of (2 G - 1)^2
-        rows = torch.cat([offset, cells[..., -1:]], dim=-1) + self.first_row
-        colours = self.features @ self.colour + self.obstacle
+        row, column = cells // G, cells % G
+        row_offset = row[..., :-1] - row[..., -1:] + G - 1  # 0 .. 2 G - 2
+        column_offset = column[..., :-1] - column[..., -1:] + G - 1
+        offset = row_offset * (2 * G - 1) + column_offset
+        index = torch.cat([offset, cells[..., -1:]], dim=-1) + self.first_row
+        colours = self.features @ self.colour + self.obstacle  # (O, offsets, D)
         table = torch.cat([colours.flatten(0, 1), self.obstacle, self.agent])
-        return F.embedding_bag(rows.flatten(0, -2), table, mode="sum").unflatten(0, cells.shape[:-1])
+        return F.embedding_bag(index.flatten(0, -2), table, mode="sum").unflatten(0, cells.shape[:-1])
 
 
 class RelativeAnt(nn.Module):
-    """Departure: cells as on the grid; the body in its own frame, with the directions of neighbouring cells' centres.
+    """Departure: cells as on the grid, and the body in its own frame (`AntWorld.own_frame`).
 
-    The body gets a quarter of the width to itself: added to the cells, it would drown them. And the colour that the
-    ant stands on gets an eighth: the metacontroller must find the visits among all that the residual says.
+    The body has a quarter of the width to itself: added to the cells, it would drown them. The colour that the ant
+    stands on has an eighth, because the metacontroller must find visits among all that the residual says.
     """
 
     def __init__(self, c: Config, world: envs.AntWorld):
         super().__init__()
-        self.size, self.parts, width, under = world.size, world.parts, c.dim // 4, c.dim // 8
-        self.cells = RelativeCells(world, c.dim - width - under)
+        self.world, body, under = world, c.dim // 4, c.dim // 8
+        self.cells = RelativeCells(world, c.dim - body - under)
         self.under = nn.Parameter(3 * torch.randn(world.colours, under))
-        self.body = nn.Linear(1 + 2 + 8 + 12 + 12, width)  # height, tilt, joints, rates, six vectors of the plane
+        self.body = nn.Linear(world.BODY, body)
 
     def forward(self, obs):
-        height, orientation, joints, velocity, xy, things, local = (obs[..., part] for part in self.parts.values())
-        places = torch.cat([things.unflatten(-1, (-1, 2)) + xy[..., None, :], xy[..., None, :]], dim=-2)
-        places = (1 + places * places.new_tensor([1, -1])) * self.size / 2  # column and row
-        column, row = places.floor().long().clamp(0, self.size - 1).unbind(-1)
-        cells = row * self.size + column
-        stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)
-        # Vectors of the plane as complex numbers, turned into the frame of the torso (the velocity's symlog, too).
-        w, x, y, z = (orientation.sign() * orientation.abs().expm1()).unbind(-1)
-        yaw = torch.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
-        centres = torch.tensor([[0, 2], [0, -2], [-2, 0], [2, 0]], dtype=obs.dtype, device=obs.device)
-        steps = F.normalize(centres - local[..., None, :], dim=-1)  # towards the centre above, below, left, right
-        plane = torch.cat([velocity[..., None, :2], local[..., None, :], steps], dim=-2).contiguous()
-        turned = torch.view_as_real(torch.view_as_complex(plane) * torch.polar(torch.ones_like(yaw), -yaw)[..., None])
-        tilt = torch.stack([w * x + y * z, w * y - x * z], dim=-1)
-        body = torch.cat([height, tilt, joints, velocity[..., 2:], turned.flatten(-2)], dim=-1)
-        return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body)], dim=-1)
+        """Observations (B, T, F) -> (B, T, D)."""
+        cells, body = (torch.from_numpy(x).to(obs.device) for x in self.world.own_frame(obs.cpu().numpy()))
+        stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)  # (B, T, O)
+        return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body.to(obs.dtype))], dim=-1)
 
 
 def embed_grid(c: Config, world: envs.World) -> nn.Module:
@@ -958,8 +953,8 @@ class GridHead(nn.Module):
 
 
 class AntHead(nn.Module):
-    """Features (..., D) -> distribution of the torques (..., 8), of one deviation for all states, and a guess of the next
-    observation."""
+    """Features (..., D) -> distribution of the torques (..., 8), with the same deviation in all states, and a guess of
+    the next observation."""
 
     def __init__(self, c: Config, world: envs.World):
         super().__init__()
@@ -1027,9 +1022,9 @@ def rate(c: Config, progress: float) -> float:
 
 
 def update(model: nn.Module, loss, optimisers: list, rate: float) -> None:
-    """One gradient step of `model` at this share of the optimisers' peak rates, its gradient's norm clipped to 1.
+    """One gradient step of `model` at this share of the optimisers' peak rates. Gradients longer than 1 are cut to 1.
 
-    Callers whose loss is a sum over steps divide it by about their number, to bring the gradient near that norm.
+    Losses are given per step of an episode: then most gradients are shorter than 1.
     """
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
@@ -1044,8 +1039,8 @@ def update(model: nn.Module, loss, optimisers: list, rate: float) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Check: can the frozen base be steered at all? (paper: Fig. 4)
 #
-# This is not part of the method, as it uses the true subgoals: one controller is trained for each of them, and switched
-# by hand. We call them *labels*. If labels cannot steer the base through the RL task, no discovered code will.
+# This is not part of the method, as it uses the true subgoals: it trains one controller for each of them, and switches
+# them by hand. We call them *labels*. If labels cannot steer the base through the RL task, no discovered code will.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1082,7 +1077,7 @@ def train_labels(run: Run, base: BaseModel) -> Labels:
         residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]), blind)
         features, _ = base.upper(labels.control(residual, subgoal), blind)
         loss = action_nll(run, base, features, episodes).sum(1).mean()
-        update(labels, loss / episodes.mask.shape[1], [optimiser], rate(c, progress))
+        update(labels, loss / episodes.lengths.mean(), [optimiser], rate(c, progress))
         run.log(step + 1, c.steer_steps, "steps", nll=loss.item())
     return labels.requires_grad_(False)
 
@@ -1313,7 +1308,7 @@ def draw_cells(axis, world: envs.World, obs) -> None:
 
 def code_colours(world: envs.World) -> np.ndarray:
     """The colour of the first cell of each subgoal, (subgoals, 3)."""
-    return envs.COLOURS[[goal[0] for goal in world.subgoals]] / 255
+    return envs.COLOURS[[goal[0] % len(envs.COLOURS) for goal in world.subgoals]] / 255
 
 
 def draw_gates(axis, run: Run, models: dict) -> None:
@@ -1389,7 +1384,7 @@ def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float
                     axis.plot(x[t], y[t], "o", color=colours[number])
                 agent.set_data(x[t : t + 1], y[t : t + 1])
                 bar.set_width(gate)
-                if t % run.world.tolerance == 0 or t == len(frames) - 1:
+                if t % run.world.shown_every == 0 or t == len(frames) - 1:
                     writer.grab_frame()
                 axis.plot(x[t : t + 2], y[t : t + 2], color=colours[number])
     pyplot().close(figure)
@@ -1430,7 +1425,7 @@ class Viewer(CodePilot):
 
     def steer(self, residual, batch, rows):
         t = len(self.frames)
-        shown = batch.entered[0] or t % self.run.world.tolerance == 0
+        shown = batch.entered[0] or t % self.run.world.shown_every == 0
         if shown:
             self.show(batch)
         controlled, opened = super().steer(residual, batch, rows)
@@ -1449,8 +1444,10 @@ class Viewer(CodePilot):
 
 def watch(run: Run, args) -> int:
     """Play episodes of the post-training task in the terminal; with --gif draw them as well."""
-    path = load_saved(run, "watch")
-    models = {name: load_model(run, name) for name in TRAINED}
+    by_number = args.by_hand or args.code is not None  # then nobody asks the policy
+    needed = TRAINED[:2] if by_number else TRAINED
+    path = load_saved(run, "watch", needed)
+    models = {name: load_model(run, name) for name in needed}
     codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
     rng, episodes, solved, fps = run.seeded("watch"), [], 0, 4 if args.fps is None else args.fps
     held = args.code is not None
@@ -1459,7 +1456,6 @@ def watch(run: Run, args) -> int:
           "| the gate opened: a new code; . the code is held. Ctrl-C ends it.\n")  # fmt: skip
     try:
         for number in range(1, (args.watch_episodes or (1 if held else 3)) + 1):
-            by_number = args.by_hand or held
             choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"])
             viewer = Viewer(run, models["discover"], choose, codes, fps)
             episodes.append(viewer.frames)
@@ -1573,14 +1569,15 @@ def write_whole(path: Path, write) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
-        raise Failure(f"{path}: cannot write it ({getattr(error, 'strerror', None) or 'disk full?'})", 1) from None
+    except OSError as error:
+        raise Failure(f"{path}: cannot write it ({error.strerror})", 1) from None
 
 
 def write_json(path: Path, content) -> None:
     write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
+SAVED = {"config", "seed", "model", "metrics"}  # of each stage, in run.pt
 TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
 
@@ -1595,23 +1592,24 @@ def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) ->
             return
 
 
-def load_saved(run: Run, phase: str) -> Path:
+def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
+    watched: the stages that `phase` needs if it is "watch".
 
     Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs.
     """
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
     needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
-    needed = {*TRAINED} if phase == "watch" else needed
+    needed = {*watched} if phase == "watch" else needed
     mine = (run.out or SHIPPED) / "run.pt"
     own = os.path.exists(mine)  # False for a name that cannot be one, too
     path = SHIPPED / f"{run.name}.pt" if needed and not own else mine
     try:
-        run.saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
-        run.saved = {name: run.saved[name] for name in STAGES if name in run.saved and (own or name in needed)}
-        if any({*content} != {"config", "seed", "model", "metrics"} for content in run.saved.values()):
+        saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
+        if {*saved} - {*STAGES} or any({*content} != SAVED for content in saved.values()):
             raise KeyError
+        run.saved = {name: saved[name] for name in STAGES if name in saved and (own or name in needed)}
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
     for name, content in run.saved.items():
@@ -1650,6 +1648,7 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         print(f"{name}: done before")
         return run.saved[name]["metrics"]
     stage, started = STAGES[name], time.time()
+    forget_metrics(run.out / "metrics.csv", name)
     models[name] = stage.train(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
@@ -1662,8 +1661,18 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     run.saved[name] = {
         "config": asdict(run.config), "seed": run.seed, "model": models[name].state_dict(), "metrics": plain
     }  # fmt: skip
-    write_whole(run.out / "run.pt", lambda file: torch.save(run.saved, file))
+    packed = io.BytesIO()  # writing to a disk that is full is an OSError then
+    torch.save(run.saved, packed)
+    write_whole(run.out / "run.pt", lambda file: file.write_bytes(packed.getvalue()))
     return plain
+
+
+def forget_metrics(path: Path, phase: str) -> None:
+    """Take the rows of a phase that was interrupted out of metrics.csv, as it begins anew."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = "".join(line for line in lines if not line.startswith(phase + ","))
+        write_whole(path, lambda file: file.write_text(kept, encoding="utf-8"))
 
 
 def run_seed(run: Run, phase: str) -> dict:
@@ -1706,7 +1715,8 @@ def between(kind, least, most):
         except ValueError:
             value = math.nan  # lies between no bounds
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {least:,} to {most:,}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} from {least:,} to {most:,}")
         return value
 
     return parse
@@ -1758,8 +1768,9 @@ def make_parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         kind, text = type(f.default), f"{comments[f.name]} [{f.default}]".replace("%", "%%")
         parse = between(kind, *BOUNDS[f.type]) if f.type in BOUNDS else boolean if kind is bool else str
+        choices = CHOICES.get(f.name) and list(CHOICES[f.name])  # help shows these, or the kind of number
         group.add_argument(
-            f"--{f.name}", type=parse, choices=CHOICES.get(f.name), help=text, metavar=kind.__name__.upper()
+            f"--{f.name}", type=parse, choices=choices, help=text, metavar=None if choices else kind.__name__.upper()
         )
     return parser
 
@@ -1775,8 +1786,11 @@ def make_config(args) -> Config:
         raise Failure(f"--control_block={config.control_block}: must be at most --layers={config.layers}")
     if config.dim % config.heads:
         raise Failure(f"--dim={config.dim}: must be a multiple of --heads={config.heads}")
-    if envs.WORLDS[config.world].kind != args.env:
+    world = envs.WORLDS[config.world]
+    if world.kind != args.env:
         raise Failure(f"--world={config.world}: not a world of --env {args.env}")
+    if not world.transitions(world.rl_task):
+        raise Failure(f"--world={config.world}: its rl_task must have at least two subgoals, it is {world.rl_task}")
     return config
 
 
