@@ -810,7 +810,7 @@ class AntWorld(World):
         return np.floor(self.places(obs)).clip(0, self.size - 1).astype(int) @ (1, self.size)
 
     def own_frame(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Cells, (..., O + W + 1), and the body as the ant feels it, (..., BODY): height, tilt, joints and rates. Then,
+        """Cells, (..., O + W + 1), and the body as the ant feels it, (..., BODY): height, tilt, joints, rates. Then,
         in the frame of the torso: velocity (symlog), place in the cell, and the directions of the centres of the cells
         above, below, left and right. These directions are the terms in which the scripted expert thinks.
         """

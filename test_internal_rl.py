@@ -230,6 +230,9 @@ def test_misuse_is_refused(make, good, bad):
     for name, value in (*wrong, ("task", (0, 8)), ("task", ()), ("task", (0, 0))):
         with pytest.raises(ValueError, match=name):
             envs.PinpadEnv(make, **{name: value})
+    for goals in (((0, 1), (2,), (3,)), ((0,), (1,)), ((0,), (0,), (1,))):  # unequal, some colour missing, one twice
+        with pytest.raises(ValueError, match="subgoals"):
+            replace(SMALL, subgoals=goals)
     env = envs.PinpadEnv(make)
     for call in (lambda: env.step(good), env.render):
         with pytest.raises(gymnasium.error.ResetNeeded):
@@ -1179,21 +1182,26 @@ def test_runs_leave_what_they_promise(finished, monkeypatch):
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
         assert all(entry[key] == value for key, value in metrics.items() if not isinstance(value, list))
     assert results(first)["base_excess_nats"] != results(second)["base_excess_nats"]
+    found = json.loads((first / "results.json").read_text())
+    assert all(found[f"{key}_normalised"] == found[key] / found["expert_success"] for key in ir.NORMALISED)
     drawn = []
     monkeypatch.setattr(ir, "draw_curves", lambda axis, seeds: drawn.extend(metrics["seed"] for metrics in seeds))
     assert run_main(finished, "--seed", "0,1") == 0 and drawn == [0, 1] and (finished / "picture.png").exists()
 
 
 def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
-    """Ctrl-C during discovery is one line and status 130; the same command then ends as if nothing had happened: with
+    """Ctrl-C at the end of discovery is one line and status 130; the same command then ends as if nothing had happened: with
     exactly the metrics and weights of another run of that seed, a raster, a block of `key: value`, the picture drawn.
-    What has been done is not done again, and a model that is read from its checkpoint is frozen."""
+    What has been done is not done again, what was begun is not twice in metrics.csv, and a model that is read from its
+    checkpoint is frozen."""
     with monkeypatch.context() as patch:
-        patch.setattr(ir, "discovery_loss", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(ir, "fit_readout", Mock(side_effect=KeyboardInterrupt))
         assert run_main(tmp_path) == 130
     before = torch.load(tmp_path / "run.pt")
     assert "resume" in one_line(capsys) and [*before] == ["pretrain", "steer"]
     assert run_main(tmp_path) == 0 and results(tmp_path) == results(finished / "seed-0")
+    steps = [line.split(",")[:2] + line.split(",")[3:4] for line in (tmp_path / "metrics.csv").read_text().splitlines()]
+    assert len(steps) == len({*map(tuple, steps)})
     after, whole = (torch.load(folder / "run.pt") for folder in (tmp_path, finished / "seed-0"))
     assert after["pretrain"]["metrics"] == before["pretrain"]["metrics"] and (tmp_path / "picture.png").exists()
     printed, models = capsys.readouterr().out, {}
@@ -1258,6 +1266,9 @@ def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     assert run_main(copied, *"--phase watch --fps 0 --watch_episodes 3 --code 3".split()) == 0
     shown = capsys.readouterr().out
     assert {*re.findall(r"^[.|] code (\d)", shown, re.M)} == {"3"} and shown.count(": 20 steps") == 3
+    without = torch.load(copied / "run.pt")
+    torch.save({name: without[name] for name in ("pretrain", "discover")}, copied / "run.pt")  # codes need no policy
+    assert run_main(copied, *"--phase watch --fps 0 --code 3".split()) == 0
 
 
 def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_path, capsys, monkeypatch):
@@ -1274,13 +1285,15 @@ def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_pa
     assert "classroom.pt: made with --dim" in capsys.readouterr().err and not other.exists()
 
 
-@pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--blind 0.5", "--temperature 0.9", "--seed 1", "bad"])
+@pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--blind 0.4", "--threshold 0.9", "--seed 1", "", "alien"])
 def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
-    """A folder made with another value that its models depend on, or a file that cannot be read: status 2, one line
-    that names it, nothing overwritten."""
-    if flags == "bad":
+    """A folder made with another value that its models depend on, a file that cannot be read or that another program
+    wrote: status 2, one line that names it, nothing overwritten."""
+    if flags in ("", "alien"):
+        torch.save({"my_model": {"weight": torch.ones(3)}}, copied / "run.pt")
+    if flags == "":
         (copied / "run.pt").write_bytes(b"nonsense")
-    before, flags = contents(copied), flags.replace("bad", "").split()
+    before, flags = contents(copied), flags.replace("alien", "").split()
     assert run_main(copied, *flags) == 2 and (flags or ["run.pt"])[0] in one_line(capsys)
     assert contents(copied) == before
 
@@ -1313,7 +1326,7 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
 
 @pytest.mark.parametrize("flags", [
     "--colour 3", "--pre laptop", "--env maze", "--preset laptop --env ant", "--world small --env ant", "--world ant",
-    "--preset huge", "--world large", "--memory some", "--dim 0", "--dim 2", "--dim abc", "--dim 1.5",
+    "--rl_episodes 1e5", "--preset huge", "--world large", "--memory some", "--dim 0", "--dim 2", "--dim abc", "--dim 1.5",
     "--dim 8", "--layers -1", "--control_block 9",
     "--jumps 1.5", "--jumps -0.1", "--jumps nan", "--temperature 0", "--threshold 2", "--shuffle maybe", "--heads 5",
     "--rl_batch 0", "--seed -1", "--seed x", "--seed 1,1", "--seed 0,", "--seed 99999999999999999999",
@@ -1371,7 +1384,8 @@ def test_help_explains_every_field_and_presets_are_possible():
     comments, text = ir.config_comments(), re.sub(r"\W", "", ir.make_parser().format_help())
     assert list(comments) == [f.name for f in fields(ir.Config)]
     for f in fields(ir.Config):
-        said = f"--{f.name} {type(f.default).__name__.upper()} {comments[f.name]} [{f.default}]"
+        kind = f"{{{','.join(ir.CHOICES[f.name])}}}" if f.name in ir.CHOICES else type(f.default).__name__.upper()
+        said = f"--{f.name} {kind} {comments[f.name]} [{f.default}]"
         assert re.sub(r"\W", "", said) in text
     for env, name in ((env, name) for env, presets in ir.PRESETS.items() for name in presets):
         for fast in ([], ["--fast"]):
@@ -1454,8 +1468,12 @@ def test_the_readmes_use_from_python():
 
 
 def test_import_is_light():
-    """Importing internal_rl imports neither matplotlib nor MuJoCo and prints nothing."""
-    code = "import sys, internal_rl; assert not {'matplotlib', 'mujoco'} & {*sys.modules}"
+    """Importing internal_rl imports neither matplotlib nor MuJoCo and prints nothing. Neither need be installed to
+    name the versions of all packages."""
+    code = (
+        "import sys, internal_rl as ir; assert not {'matplotlib', 'mujoco'} & {*sys.modules};"
+        "ir.importlib.metadata.distributions = lambda: []; assert ir.versions()['mujoco'] == 'not installed'"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 
