@@ -5,14 +5,17 @@
     python internal_rl.py --env ant                       # the paper's ant
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
-The problem. An agent must visit six colours in the right order. It is not told the order, and the only reward comes
-after the last visit. RL needs a first success to learn from, and must find it by chance:
+The problem. On a small grid, an agent must visit six colours in the order 0-1-2-3-0-1. It is not told the order, and
+the only reward comes after the last visit. RL must first succeed by chance, and then learn from it:
 
-    random moves:   about 20 moves in a row must be right, each one of 4:   (1/4)^20 = 1 in 1,000,000,000,000 episodes
-    random codes:   6 codes in a row must be right, each one of 4:          (1/4)^6  = 1 in 4,096 episodes
+    a trained imitator of experts acts alone:   1/4 x (1/230)^5 = 1 success in 2,600,000,000,000 episodes
+    random *codes* steer the same imitator:     1/4 x (1/5)^5   = 1 success in 12,500 episodes
 
-A *code* is a few numbers that make a trained model walk to one colour. Nobody tells the model what the codes are: it
-finds them in trajectories of experts. This takes three phases, in the order of this file:
+The experts never went from 0 to 1, from 1 to 2 and so on. So the imitator hardly ever does (once in 230 times, as we
+measured), unless a code tells it to.
+
+A code is a few numbers that make the model walk to one colour. Nobody tells the model which codes there are: it finds
+them in the trajectories of the experts. This takes three phases, in the order of this file:
 
     1. pretrain: a sequence model, the *base*, learns to predict the next action of experts whose goals are hidden.
        Then it is frozen. The vector that its layers pass on is the *residual stream*.
