@@ -132,23 +132,23 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0625  # departure: for this share of the steps the KL is free, then for as long ever dearer
-    blind: Chance = 0.5  # departure: so long all episodes are read blind, then half as long ever fewer; 1: always all
-    steer_steps: Natural = 1400  # of the check (paper: 3200)
+    free: Chance = 0.0  # departure (ant): so long the KL is free, then for as long ever dearer; a share of the steps
+    blind: Chance = 0.5  # departure: so long all episodes are read blind, then for half as long ever fewer; 1: always
+    steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
     encoder_hidden: Count = 64  # (paper)
     code_dim: Count = 8  # Z (paper: n_z)
     decoder_hidden: Count = 32  # (paper)
     shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
-    discover_steps: Natural = 4000  # (paper: 64,000)
+    discover_steps: Natural = 3000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     threshold: Chance = 0.5  # the gate opens above this (paper)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     least_std: Weight = 0.1  # departure: floor of the policy's deviations
-    rl_episodes: Natural = 60_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Natural = 150_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch
@@ -823,7 +823,7 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
+    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
     least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
@@ -844,7 +844,7 @@ PRESETS = {
             eval_episodes=512,
         ),
         "paper": replace(
-            PAPER, world="ant-simulated", layers=8, control_block=4, obs_loss=10.0,
+            PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
             pretrain_steps=204_800, pretrain_batch=512, discover_steps=32_000, discover_batch=128, discover_lr=3e-4,
             rl_episodes=13_107_200, rl_batch=256,
         ),

@@ -907,19 +907,42 @@ def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
     assert np.allclose(seen, [0, 0.2, 0.4, 0.6, 0.8])
 
 
+GRID_OF_THE_PAPER = {  # its App. A, C and D, tables A1 to A14; lambda and alpha are among those that it tried
+    "world": "paper", "layers": 6, "dim": 256, "heads": 4, "mlp": 512, "swiglu": False, "relative_obs": False,
+    "init_scale": 0.1, "control_block": 3, "memory": True,
+    "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "fast_optimiser": False, "obs_loss": 0.01,
+    "jumps": 0, "discover_batch": 512, "discover_lr": 1e-3, "rank": 16, "free": 0, "blind": 0, "steer_steps": 3200,
+    "history_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "shuffle": False,
+    "discover_steps": 64_000, "kl_weight": 0.17, "temperature": 1, "threshold": 0.5, "policy_dim": 256, "least_std": 0,
+    "rl_episodes": 100_000 * 1024, "rl_batch": 1024, "rl_lr": 3e-5, "rl_epochs": 1, "rl_minibatches": 1,
+    "rl_clip": 0.2, "raw_lr": 3e-5,
+}  # fmt: skip
+ANT_OF_THE_PAPER = GRID_OF_THE_PAPER | {
+    "world": "ant-simulated", "layers": 8, "control_block": 4, "rank": 256, "obs_loss": 10,
+    "pretrain_steps": 204_800, "pretrain_batch": 512, "discover_steps": 32_000, "discover_batch": 128,
+    "discover_lr": 3e-4, "rl_episodes": 51_200 * 256, "rl_batch": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("env, sizes", [("grid", GRID_OF_THE_PAPER), ("ant", ANT_OF_THE_PAPER)])
+def test_paper_preset_is_the_papers_and_runs(env, sizes, monkeypatch):
+    """`--preset paper` has the paper's number in every field but our own measure of evaluation. Two steps of each phase
+    of it run, with few and short episodes."""
+    c = ir.PRESETS[env]["paper"]
+    assert {name: value for name, value in asdict(c).items() if name != "eval_episodes"} == sizes
+    few = {"pretrain_steps": 2, "steer_steps": 2, "discover_steps": 2, "rl_batch": 4, "rl_episodes": 8}
+    run, models = ir.Run(replace(c, **few), 0, CPU), {}
+    run.world = replace(run.world, limit=40, rl_task=(0,))
+    clean = lambda run, rng, batch: iter(lambda: run.world.simulate(run.world.pretrain_tasks, 2, rng)[0], None)
+    monkeypatch.setattr(ir, "expert_batches", clean)
+    for name, stage in ir.STAGES.items():
+        models[name] = stage.train(run, *(models[need] for need in stage.needs))
+        assert all(p.isfinite().all() for p in models[name].parameters())
+
+
 def test_paper_preset_has_the_papers_sizes():
-    """`--preset paper` has the paper's sizes and builds models of the parameter counts worked out here by hand."""
+    """`--preset paper` builds models of the parameter counts worked out here by hand."""
     c = ir.PRESETS["grid"]["paper"]
-    sizes = {
-        "world": "paper", "layers": 6, "dim": 256, "heads": 4, "mlp": 512, "control_block": 3,
-        "history_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "rank": 16,
-        "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "init_scale": 0.1, "rl_lr": 3e-5,
-        "discover_steps": 64_000, "discover_batch": 512, "discover_lr": 1e-3, "rl_batch": 1024,
-        "rl_episodes": 102_400_000, "threshold": 0.5, "temperature": 1.0, "policy_dim": 256, "memory": True,
-        "free": 0, "blind": 0, "least_std": 0, "jumps": 0, "steer_steps": 3200,
-    }  # fmt: skip
-    sizes |= dict.fromkeys(("swiglu", "relative_obs", "fast_optimiser", "shuffle"), False)
-    assert {name: getattr(c, name) for name in sizes} == sizes
     base, meta = ir.BaseModel(c), ir.Metacontroller(c)
     block = 2 * 256 + 4 * 256 * 256 + 4 * 32 + 2 * 256 * 512  # norms, attention, relative bias, MLP
     assert sum(p.numel() for p in base.parameters()) == 637 * 256 + 6 * block + 256 + 257 * 4 + 257 * 49 == 3_326_517
