@@ -815,7 +815,9 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 
 
 # ----------------------------------------------------------------------------------------------------
-# Here the method is complete. What it rests on: presets, embeddings and heads of the worlds, optimisers and rates
+# What the method rests on: presets, embeddings and heads of the worlds, optimisers and rates
+#
+# With phase 3 the method is complete. A first reader may stop here and has missed none of its ideas.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1134,8 +1136,6 @@ def raw_rl(run: Run, base: BaseModel) -> BaseModel:
 
 # ----------------------------------------------------------------------------------------------------
 # Measurements
-#
-# The method is complete. What follows measures it, draws it and runs it.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1180,44 +1180,55 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     return [torch.cat(column) for column in zip(*found)]
 
 
-def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
-    """Switches against true changes of subgoal, what the codes mean, and what random codes achieve.
-
-    Precision, recall and numbers of switches leave out the first step; KL, read-out and mean codes do not. A random
-    switcher, at as many entries, is measured beside. The read-out of the true subgoal from a code is a small MLP's.
-    """
-    base, c, world = models["pretrain"], run.config, run.world
-    rng = run.seeded("evaluate")
-    episodes = run.held_out()
-    subgoal, changed = subgoals(world, episodes)
-    code, gate, kl = encode(run, base, meta, episodes, rng)
-    adopted = (gate > c.threshold).cpu().numpy() & episodes.mask
-    switched, later = adopted.copy(), episodes.mask.copy()
-    switched[:, 0] = later[:, 0] = False
-    by_chance = (rng.random(later.shape) < switched.sum() / later.sum()) & later
-    at, near = run.tensor(adopted), world.tolerance
-    named = [code[at & (run.tensor(subgoal) == k)] for k in range(len(world.subgoals))]
-
-    def random_codes(count: int, roam: bool) -> Result:
-        draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
-        pilot = CodePilot(run, count, meta, draw)
-        return rollout(run, base, pilot, world.batch(count, rng, roam), c.temperature)
-
-    roaming, trials = random_codes(c.eval_episodes, True), random_codes(4 * c.eval_episodes, False)
-    table = transition_table(world, roaming.visited)
-    print_raster(run, base, meta)
+def measure_gate(run: Run, opened, changed, mask, rng) -> dict:
+    """Openings of the gate against true changes of subgoal, three (N, T) bool, both without the first step. Beside it
+    stands a gate that opens at random, equally often."""
+    opened, later, tolerance = opened.copy(), mask.copy(), run.world.tolerance
+    opened[:, 0] = later[:, 0] = False
+    random = (rng.random(later.shape) < opened.sum() / later.sum()) & later
     return {
-        "switch_precision": share_near(switched, changed, near),
-        "switch_recall": share_near(changed, switched, near),
-        "random_switch_precision": share_near(by_chance, changed, near),
-        "random_switch_recall": share_near(changed, by_chance, near),
-        "switches_per_episode": float(switched.sum() / len(switched)),
+        "switch_precision": share_near(opened, changed, tolerance),
+        "switch_recall": share_near(changed, opened, tolerance),
+        "random_switch_precision": share_near(random, changed, tolerance),
+        "random_switch_recall": share_near(changed, random, tolerance),
+        "switches_per_episode": float(opened.sum() / len(opened)),
         "true_changes_per_episode": float(changed.sum() / len(changed)),
-        "kl_per_switch_nats": (kl * at).sum().item() / adopted.sum(),
-        "code_accuracy": fit_readout(run, code[at], run.tensor(subgoal)[at]),
+    }
+
+
+def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -> dict:
+    """What codes from the prior N(0, I) achieve: which subgoal follows which, and success in the RL task."""
+    c, world = run.config, run.world
+
+    def play(count: int, roam: bool) -> Result:
+        draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
+        return rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam), c.temperature)
+
+    roaming, trials = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
+    table = transition_table(world, roaming.visited)
+    return {
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.rl_task)])),
         "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
+    }
+
+
+def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
+    """When the gate opens, what the codes mean there, and what random codes achieve."""
+    base, rng, episodes = models["pretrain"], run.seeded("evaluate"), run.held_out()
+    subgoal, changed = subgoals(run.world, episodes)
+    code, gate, kl = encode(run, base, meta, episodes, rng)
+    opened = (gate > run.config.threshold).cpu().numpy() & episodes.mask
+    about_gate = measure_gate(run, opened, changed, episodes.mask, rng)
+    about_random_codes = measure_random_codes(run, base, meta, rng)
+    print_raster(run, base, meta)
+    opened, subgoal = run.tensor(opened), run.tensor(subgoal)
+    named = [code[opened & (subgoal == k)] for k in range(len(run.world.subgoals))]
+    return {
+        **about_gate,
+        "kl_per_switch_nats": (kl * opened).sum().item() / opened.sum().item(),
+        "code_accuracy": fit_readout(run, code[opened], subgoal[opened]),
+        **about_random_codes,
         "mean_codes": [part.mean(0).nan_to_num().tolist() for part in named],  # of each true subgoal
     }
 
