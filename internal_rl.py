@@ -5,28 +5,30 @@
     python internal_rl.py --env ant                       # the paper's ant
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
-The problem. On a small grid, an agent must visit six colours in the order 0-1-2-3-0-1. It is not told the order, and
-the only reward comes after the last visit. RL must first succeed by chance, and then learn from it:
+The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
+and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
+model was trained to imitate experts. They made three visits in many orders, but never went from 0 to 1, from 1 to 2,
+from 2 to 3 or from 3 to 0. The chance of a first success, with the first visit 1 in 4 and the other five as we
+measured them:
 
-    a trained imitator of experts acts alone:   1/4 x (1/230)^5 = 1 success in 2,600,000,000,000 episodes
-    random *codes* steer the same imitator:     1/4 x (1/5)^5   = 1 success in 12,500 episodes
+    the imitator acts alone:                  1/4 x (1/230)^5 = 1 in 2,600,000,000,000 episodes
+    random *codes* steer the same imitator:   1/4 x (1/5)^5   = 1 in 12,500 episodes
 
-The experts never went from 0 to 1, from 1 to 2 and so on. So the imitator hardly ever does (once in 230 times, as we
-measured), unless a code tells it to.
-
-A code is a few numbers that make the model walk to one colour. Nobody tells the model which codes there are: it finds
-them in the trajectories of the experts. This takes three phases, in the order of this file:
+So RL on raw actions, which starts from the imitator, sees no reward and learns nothing. RL on codes sees some. A code
+is a few numbers that make the imitator walk to one colour. Nobody tells the model which codes there are: it finds them
+in the trajectories of the experts. This takes three phases, in the order of this file:
 
     1. pretrain: a sequence model, the *base*, learns to predict the next action of experts whose goals are hidden.
        Then it is frozen. The vector that its layers pass on is the *residual stream*.
 
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
-    2. discover: a second model, the *metacontroller*, learns to steer the frozen base. An encoder sees the whole
-       episode, its future included, and proposes a code at each step. A *gate* sees the past alone and decides when
-       a proposed code replaces the code in force. The code becomes a matrix U_t, which acts between the blocks.
+    2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
+       encoder sees the whole episode, its future included, and proposes a code at each step. A *gate* sees no future.
+       It decides when a proposed code replaces the code in force. The code becomes a matrix U_t, which acts between
+       the blocks.
 
-       whole episode, its cells exchanged at random -> [encoder] -> proposal z~_t
+       whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
        residuals e_1 ... e_t -> [gate] beta_t  1: adopt the proposal, 0: keep the code
                                                                        |
@@ -50,9 +52,9 @@ history or summary, R rank of a controller, M matrices that a controller is mixe
     summary           s        (B, H)       recurrent summary of the whole episode                     App. D.2
     mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the next code                  Eq. 11-18
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
-    gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code                    Eq. 2
+    gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code, .5 mixes them     Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
-    controller        U_t      (D, D)       linear map of the residual, chosen by the code; not built  Eq. 3
+    controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 3
     kl_weight         alpha    scalar       price of one nat of code; 1 nat is 1.44 bits               Eq. 3
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
@@ -94,7 +96,7 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-# Kinds of int and float, with the least and the most that a flag may set them to.
+# Other names for int and float. Flags are read by them: each has the least and the most that a flag may say.
 Many = Count = Natural = int
 Chance = Weight = Rate = float
 BOUNDS = {
@@ -124,16 +126,16 @@ class Config:
     # phase 1: pretrain
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
-    pretrain_lr: Rate = 6e-3  # peak; 3 times that for what Muon does not train (paper: 3e-4)
-    fast_optimiser: bool = True  # departure: Muon for the blocks' matrices; rates that fall
+    pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
+    fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    jumps: Chance = 0.1  # departure: chance per step of a jump; up to half of the episodes start on a colour
-    # phase 2, and the check with one controller per ground-truth subgoal
+    jumps: Chance = 0.1  # departure: chance per step that the agent is put elsewhere; many episodes start on a colour
+    # phase 2, and the check: one controller for each true subgoal, switched by hand
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0  # departure (ant): so long the KL is free, then for as long ever dearer; a share of the steps
-    blind: Chance = 0.5  # departure: so long all episodes are read blind, then for half as long ever fewer; 1: always
+    free: Chance = 0.0  # departure: for this share of phase 2 the KL costs nothing, then for as long ever more
+    blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -169,8 +171,8 @@ CLASSROOM = Config()
 # Between the blocks, each step has a vector of D numbers: the residual stream. Every block adds something to it. The
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
-# A *blind* episode is read without memory: each of its steps looks at itself alone. To the model, every such step is
-# the first one of an episode, which it knows from training. Phase 2 says what this is good for.
+# A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
+# episode began at this step, which it has seen in training. Phase 2 says what this is good for.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -302,12 +304,13 @@ class BaseModel(nn.Module):
 # Codes are held: a gate decides when the next one begins.
 #
 # While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
-# phase 3 a policy proposes them. The gate never looks ahead, so it can be used there as it is.
+# phase 3 a policy proposes them. The gate is causal: it reads the residuals so far and the code in force. So phase 3
+# can use it, too.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Controller(nn.Module):
-    """Linear control of the residual stream, Eq. 1: e + U e, where U (D, D) has rank R.
+    """Linear control of the residual stream, Eq. 1: e + U e, where U (D, D) has at most rank R.
 
     U is mixed from M learned pairs of matrices, inn_m and out_m, each (R, D), with M weights w:
 
@@ -315,8 +318,8 @@ class Controller(nn.Module):
         out(w) = sum_m w_m out_m        what U writes into it
         U e    = out(w)^T ( inn(w) e )
 
-    U e is computed from right to left, so no D x D matrix is built. U is linear in e. It is not linear in w, as both
-    factors depend on w.
+    U e is computed from right to left, so no D x D matrix is built. The control is linear in e. It is not linear in w
+    or in the code, because both factors depend on w.
     """
 
     def __init__(self, c: Config, M: int):
@@ -366,7 +369,7 @@ class Metacontroller(nn.Module):
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, residual, last):
-        """Gaussians of the proposals: residual (B, T, D) -> mean, log_std, each (B, T, Z).
+        """Gaussians of the proposals: residual (B, N, D) at the N steps that are read -> mean, log_std (B, N, Z).
 
         The encoder reads the residual at the step, the history before it, and a summary of the whole episode. Row
         `last` (B,) is the last one of an episode; rows after it are padding.
@@ -430,6 +433,9 @@ def code_kl(mean, log_std):
 # Each phase is a function of a `run` and of the models of earlier phases. A run holds `config`, `world` and `device`.
 # `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log` shows progress, `run.tensor` turns a
 # numpy array into a tensor. So a phase depends on nothing but config, seed and the phases before.
+#
+# Trajectories are clean but for *jumps*: now and then the agent is put on another cell, and the expert goes on from
+# there. So the model also learns what to do where the expert would never pass, as a steered one will.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -481,21 +487,26 @@ def pretrain(run: Run) -> BaseModel:
 # the goal, once, when it changes.
 #
 # Why does the gate open there, and stay shut elsewhere? Every proposal pays its KL, whether the gate adopts it or not.
-# So where no change is due, the cheapest proposal is pure noise, N(0, I). To adopt noise would destroy the code in
-# force, so the gate learns to stay shut there.
+# With the gate always open, the encoder would have to repeat the goal, and pay for it, at each step. With the gate
+# shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt noise would destroy
+# the code in force, so the gate learns to stay shut there. It finds the right moment in the residual: the agent has
+# just arrived on a colour.
 #
-# Who sees what:
+# Who sees what (in phase 3 the policy takes the encoder's place, and sees the residuals at openings of the gate):
 #                         the base                   the gate           the encoder
 #     phase 1             all steps so far
-#     phase 2, at first   each step alone (blind)    all steps so far   the whole episode, its cells exchanged
-#     phase 2, at last    all steps so far           all steps so far   the whole episode, its cells exchanged
-#     phase 3             all steps so far           all steps so far   (a policy instead: residuals at openings)
+#     phase 2, at first   each step alone (blind)    all steps so far   the whole episode, cells renumbered
+#     phase 2, at last    all steps so far           all steps so far   the whole episode, cells renumbered
+#     phase 3             all steps so far           all steps so far
 #
-# Two departures from the paper make the code name a goal. (1) The encoder's copy of the episode has its cells
-# exchanged at random. It shows which colour is visited when, but no directions, places or distances. (2) At first the
-# base is blind. A base that remembers already knows which two goals may come next, so a code would only say which of
-# the two, and could never lead to a goal that the experts did not choose there. A blind base needs to be told the goal
-# itself. Later more and more episodes are read with memory, so that the controllers learn to steer what phase 3 uses.
+# Two departures from the paper make the code name a goal:
+# 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
+#    at all steps. The copy shows which colour is visited when, but no directions, places or distances.
+# 2. At first the base is blind. A base that remembers knows from the colours visited so far which two goals may come
+#    next in what experts do. Then a code would only say which of the two, and could never lead to another goal. A
+#    blind base must be told the goal itself. Later, ever more episodes are read with memory, so that the controllers
+#    learn to steer the base as it is in phase 3.
+# The ant's base stays blind to the end, in phase 3, too: see the README.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -505,8 +516,8 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 
 def kl_charge(c: Config, progress: float) -> float:
-    """The share of the KL that is charged after this share of phase 2. It is free at first: a code that nobody reads
-    yet would be silenced by its price, and then nobody would learn to read it."""
+    """The share of the KL that is charged after this share of phase 2. Where `free` is above 0 it costs nothing at
+    first: a code that nobody reads yet would be silenced by its price, and then nobody would learn to read it."""
     return ramp(progress, c.free, 2 * c.free)
 
 
@@ -520,16 +531,17 @@ def draw_blind(run: Run, count: int, progress: float):
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder speaks at *entries*: on the grid that is every step; for the ant every step into another cell. Between
-    entries the proposal is N(0, I) and costs nothing. What the encoder reads, the base reads blind: in a copy with
-    exchanged cells there is nothing to remember.
+    The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
+    Between entries the proposal is noise, N(0, I), and costs nothing. The encoder's copy goes through the base's lower
+    blocks as well, as blind as at the start of phase 2: what happens in a copy with renumbered cells makes no sense to
+    remember.
     """
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     row, step = np.nonzero(is_entry)  # all entries, episode by episode
     number = (is_entry.cumsum(axis=1) - 1)[is_entry]  # the how many-th entry of its episode each one is
     count = is_entry.sum(axis=1)
-    # The steps that the encoder reads: the entries, and the last observation, which shows the last visit.
+    # The encoder reads the entries, one after the other, and the last observation, which shows the last visit.
     read = np.tile(episodes.lengths[:, None], count.max() + 1)
     read[row, number] = step
     residual, _ = base.lower(
@@ -683,15 +695,16 @@ def living(past, kept: np.ndarray):
 #     reward                               1      one, at the very end
 #
 # The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. Nobody
-# tells it the task. Random codes already walk to colours, so some episodes succeed by chance, and RL can begin.
+# tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
+# begin. Six decisions share the credit for a success, not twenty moves.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
 
-    At first it is the codes' prior, N(0, I). Its deviations stay above `least_std`: the first few successes would make
-    it narrow before its means are right, and a narrow policy no longer learns about other codes.
+    At first it is the codes' prior, N(0, I). Its deviations stay above `least_std`. Without that bound, the first few
+    successes make them small before the means are right, and such a policy tries no other codes.
     """
 
     def __init__(self, c: Config):
@@ -817,7 +830,7 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # ----------------------------------------------------------------------------------------------------
 # What the method rests on: presets, embeddings and heads of the worlds, optimisers and rates
 #
-# With phase 3 the method is complete. A first reader may stop here and has missed none of its ideas.
+# With phase 3 the method is complete. A first reader may stop here.
 # ----------------------------------------------------------------------------------------------------
 
 
