@@ -7,9 +7,9 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
     world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (here: if obs is cells)
-    world.is_entry(obs)             * at which steps it reads, and the gate may open
-    world.expert_success(count)     of the post-training task
-    world.batch(count, rng)         episodes of the post-training task: * observe, * step, entered, subgoal, select
+    world.is_entry(obs)             * at which steps the encoder reads and proposes
+    world.expert_success(count)     in the RL task
+    world.batch(count, rng)         episodes of the RL task, to act in: * observe, * step, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
     world.floor(episodes)           loss of the best possible predictor of the expert, where it is known
     world.places(obs)               * where everything is, to draw it
@@ -20,9 +20,9 @@ Everything is written once, for a batch of episodes, in numpy. The Gymnasium env
 `InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are views of a batch of one:
 
     import gymnasium, envs
-    env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 post-training task
+    env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 grid and RL task
     env = gymnasium.make("InternalRL/GridPinpad-v0", size=5, colours=4, walls=2, task=(0, 2, 1))
-    env = gymnasium.make("InternalRL/AntPinpad-v0")            # the paper's ant, post-training task
+    env = gymnasium.make("InternalRL/AntPinpad-v0")            # the paper's ant and RL task
 
 Conventions: a cell is one number, row * size + column, row 0 on top. Grid actions: 0 up, 1 down, 2 left, 3 right.
 N or B episodes, T steps, F numbers in an observation, G the grid's size, O colours, W walls, L visits in a task.
@@ -130,7 +130,7 @@ class World:
         return {(int(a), int(b)) for a, b in zip(names[:-1], names[1:])}
 
     def batch(self, count: int, rng, roam=False) -> Batch:
-        """`count` episodes of the post-training task on random solvable layouts, to act in."""
+        """`count` episodes of the RL task on random solvable layouts, to act in."""
         layout, tasks, _ = solvable_layouts(self, [self.rl_task], count, rng)
         return self.start(layout, tasks, rng, roam)
 
@@ -155,7 +155,7 @@ class World:
         return self.simulate(self.pretrain_tasks, count, np.random.default_rng(10**9))[0]
 
     def expert_success(self, count: int) -> float:
-        """The expert's success on solvable post-training layouts."""
+        """The expert's success on solvable layouts of the RL task."""
         return self.simulate([self.rl_task], count, np.random.default_rng(10**9 + 1))[1]
 
     def floor(self, episodes: Episodes) -> float | None:
@@ -250,7 +250,7 @@ class Batch:
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
         self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
         self.time = np.zeros(B, dtype=np.int64)
-        self.entered = np.ones(B, dtype=bool)  # whether the last step is an entry: as `is_entry` says
+        self.entered = np.ones(B, dtype=bool)  # whether the last step was an entry, for display only
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -834,7 +834,7 @@ class AntWorld(World):
 
 
 # ----------------------------------------------------------------------------------------------------
-# The worlds (paper: Tables A1 and A2). No subgoal transition of a post-training task is in its pretraining tasks.
+# The worlds (paper: Tables A1 and A2). No subgoal transition of an RL task is in its pretraining tasks.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -872,7 +872,7 @@ class PinpadEnv(gym.Env):
 
     ## Description
     A grid of size x size cells with `colours` coloured cells and `walls` walls, each on a random cell of its own. A
-    colour is visited when the agent moves onto its cell from another one. Defaults: the paper's post-training tasks.
+    colour is visited when the agent moves onto its cell from another one. Defaults: the paper's RL tasks.
     The ant's cells are 1.25 m wide, a step is 0.05 s, and what counts is the cell of its torso's centre.
 
     ## Action

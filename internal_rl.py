@@ -1168,7 +1168,7 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
 
 
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
-    """Post-training success of ground-truth controllers that are switched by hand, actions at temperature 1."""
+    """Success in the RL task of ground-truth controllers that are switched by hand, actions at temperature 1."""
     batch = run.world.batch(run.config.eval_episodes, run.seeded("evaluate"))
     result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch)
     return {"steer_success": result.reward.mean().item()}
@@ -1294,14 +1294,14 @@ def print_raster(run: Run, base: BaseModel, meta: Metacontroller) -> None:
 
 
 def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
-    """Post-training success of the policy, sampled and with its mean codes, on fresh episodes."""
+    """Success in the RL task of the policy, sampled and with its mean codes, on fresh episodes."""
     play = functools.partial(play_codes, run, models["pretrain"], models["discover"], policy)
     success = [play(4 * run.config.eval_episodes, run.seeded("evaluate"), sample)[1] for sample in (True, False)]
     return {"internal_rl_success": success[0], "internal_rl_mean_success": success[1]}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
-    """Post-training success of the fine-tuned base on fresh episodes."""
+    """Success in the RL task of the fine-tuned base on fresh episodes."""
     return {"raw_rl_success": play_actions(run, model, 4 * run.config.eval_episodes, run.seeded("evaluate"))[1]}
 
 
@@ -1470,7 +1470,7 @@ class Viewer(CodePilot):
 
 
 def watch(run: Run, args) -> int:
-    """Play episodes of the post-training task in the terminal; with --gif draw them as well."""
+    """Play episodes of the RL task in the terminal; with --gif draw them as well."""
     by_number = args.by_hand or args.code is not None  # then nobody asks the policy
     needed = TRAINED[:2] if by_number else TRAINED
     path = load_saved(run, "watch", needed)
