@@ -93,10 +93,7 @@ class World:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is too small: it must be at least {least}")
         if self.objects > self.size**2:
-            raise ValueError(
-                f"colours={self.colours} and walls={self.walls} and the agent do not fit in size={self.size} "
-                f"({self.size**2} cells)"
-            )
+            raise ValueError(f"colours={self.colours}, walls={self.walls}, agent: too many for size={self.size}")
         if sorted(colour for goal in self.subgoals for colour in goal) != list(range(self.colours)):
             raise ValueError(f"subgoals={self.subgoals} must hold each colour 0..{self.colours - 1} once")
         if len({len(goal) for goal in self.subgoals}) > 1:
@@ -250,7 +247,6 @@ class Batch:
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
         self.stage = np.zeros(B, dtype=np.int64)  # visits done so far
         self.time = np.zeros(B, dtype=np.int64)
-        self.entered = np.ones(B, dtype=bool)  # whether the last step was an entry, for display only
 
     def __len__(self) -> int:
         return len(self.cell)
@@ -439,12 +435,6 @@ class GridBatch(Batch):
         ones = self.observe()[:, None] == np.arange(self.world.size**2)[:, None]  # (B, G*G, O+W+1)
         return ones.reshape(len(self), -1).astype(np.float32)
 
-    def draw(self, picture: np.ndarray) -> None:
-        """The agent of episode 0 as a black square."""
-        scale = len(picture) // self.world.size
-        row, column = scale * np.array(divmod(self.cell[0], self.world.size)) + scale // 4
-        picture[row : row + scale // 2, column : column + scale // 2] = 0
-
 
 @dataclass(frozen=True)
 class GridWorld(World):
@@ -549,7 +539,7 @@ def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np
 class AntBatch(Batch):
     """B episodes of ant pinpad that step together.
 
-    Starts, which rng draws, and ends are those that `AntPinpad` describes; a torque that is not finite is an end, too.
+    Starts, which rng draws, and ends are those that `PinpadEnv` describes; a torque that is not finite is an end, too.
     `roam` keeps these ends. Lying upside down ends nothing, as the height does not show it (see `upright`).
     """
 
@@ -581,10 +571,6 @@ class AntBatch(Batch):
         wall = (cell != self.cell) & (self.content[self.rows, cell] >= self.world.colours)
         return self.arrive(cell, ~sane | fallen | wall)
 
-    def arrive(self, cell: np.ndarray, failed=False):
-        self.entered = cell != self.cell
-        return super().arrive(cell, failed)
-
     def upright(self) -> np.ndarray:
         """Whether the torso's own z axis points up, (B,)."""
         return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
@@ -604,14 +590,6 @@ class AntBatch(Batch):
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     paper_observation = observe
-
-    def draw(self, picture: np.ndarray) -> None:
-        """The ant of episode 0 as black discs: its torso, and where it is heading."""
-        (x, y), yaw, metres = self.state[0, XY], yaw_of(self.state[0]), CELL * self.world.size / len(picture)
-        row, column = metres * (0.5 + np.mgrid[: len(picture), : len(picture)]) - self.world.half
-        for ahead, radius in ((0, 0.25), (0.3, 0.1)):
-            dx, dy = column - x - ahead * np.cos(yaw), row + y + ahead * np.sin(yaw)  # row 0 is the largest y
-            picture[dx**2 + dy**2 < radius**2] = 0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -767,7 +745,7 @@ class AntWorld(World):
 
     @functools.cached_property
     def parts(self) -> dict[str, slice]:
-        """Where each part of the observation lies; `AntPinpad` says what the parts are."""
+        """Where each part of the observation lies; `PinpadEnv` says what the parts are."""
         things = 2 * (self.colours + self.walls)
         sizes = {"height": 1, "orientation": 4, "joints": 8, "velocity": 14, "xy": 2, "things": things, "local": 2}
         ends = np.cumsum([0, *sizes.values()]).tolist()
@@ -930,7 +908,8 @@ class PinpadEnv(gym.Env):
     def step(self, action):
         if self._batch is None:
             raise gym.error.ResetNeeded("call reset() before step()")
-        if np.shape(action) != self.action_space.shape or (self.world.kind == "grid" and action not in range(4)):
+        discrete = isinstance(self.action_space, gym.spaces.Discrete)
+        if np.shape(action) != self.action_space.shape or (discrete and action not in self.action_space):
             raise ValueError(f"action={action!r} must be of {self.action_space}")
         _, reward, done = self._batch.step(np.asarray(action)[None])
         return self._batch.paper_observation()[0], float(reward[0]), bool(done[0]), False, self._info()
@@ -942,7 +921,9 @@ class PinpadEnv(gym.Env):
             return grid_text(self.world, self._batch.content[0], int(self._batch.cell[0]))
         if self.render_mode == "rgb_array":
             picture = cell_picture(self.world, self._batch.content[0], 48)
-            self._batch.draw(picture)
+            x, y = 48 * self.world.places(self._batch.observe()[0])[-1]
+            row, column = np.ogrid[: len(picture), : len(picture)]
+            picture[(column + 0.5 - x) ** 2 + (row + 0.5 - y) ** 2 < 12**2] = 0  # the agent, a disc
             return picture
 
     def _info(self) -> dict:

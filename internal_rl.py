@@ -67,8 +67,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
-import functools
 import importlib.metadata
 import inspect
 import io
@@ -159,9 +157,6 @@ class Config:
     raw_lr: Rate = 1e-4  # peak of raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
-CLASSROOM = Config()
-
-
 # ----------------------------------------------------------------------------------------------------
 # Base model (paper: App. C.1, D.1)
 #
@@ -208,15 +203,15 @@ class Attention(nn.Module):
             added = added.masked_fill(blind[:, None, None, None] & (distance > 0), -torch.inf)
         return added
 
-    def forward(self, x, blind=None, past=()):
+    def forward(self, x, blind=None, past=None):
         """x (B, T, D), blind (B,) bool or None, past: keys and values of earlier steps -> y (B, T, D), past."""
         B, T, D = x.shape
-        queries, keys, values = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, .)
-        if past:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        added = self.added_to_scores(T, keys.shape[2], blind)
-        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=added)
-        return self.out(y.transpose(1, 2).reshape(B, T, D)), (keys, values)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, .)
+        queries, new = qkv[0], qkv[1:]
+        past = new if past is None else torch.cat([past, new], dim=3)
+        added = self.added_to_scores(T, past.shape[3], blind)
+        y = F.scaled_dot_product_attention(queries, *past, attn_mask=added)
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), past
 
 
 class MLP(nn.Module):
@@ -246,7 +241,7 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.mlp = MLP(c)
 
-    def forward(self, x, blind=None, past=()):
+    def forward(self, x, blind=None, past=None):
         y, past = self.attention(self.attention_norm(x), blind, past)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), past
@@ -277,7 +272,7 @@ class BaseModel(nn.Module):
         if not self.memory:
             blind, past = torch.ones(len(x), dtype=torch.bool, device=x.device), None
         after = []
-        for block, before in zip(blocks, past or [()] * len(blocks)):
+        for block, before in zip(blocks, past or [None] * len(blocks)):
             x, left_behind = block(x, blind, before)
             after.append(left_behind)
         return x, after
@@ -338,12 +333,6 @@ def shift_right(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-def reversed_from(x, last):
-    """x (B, T, D) from row `last` (B,) back to row 0; what comes after that means nothing."""
-    index = (last[:, None] - torch.arange(x.shape[1], device=x.device)).clamp_min(0)
-    return x.gather(1, index[..., None].expand_as(x))
-
-
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
@@ -376,8 +365,10 @@ class Metacontroller(nn.Module):
         """
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
-        from_the_end = self.embedder(reversed_from(x, last))[0]
-        summary = from_the_end[torch.arange(len(x), device=x.device), last]  # (B, H): it has read back to the start
+        rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
+        backwards = (last[:, None] - steps).clamp_min(0)  # from the last row to the first; what follows means nothing
+        from_the_end = self.embedder(x[rows[:, None], backwards])[0]
+        summary = from_the_end[rows, last]  # (B, H): it has read back to the start
         summary = summary[:, None].expand(-1, x.shape[1], -1)
         return self.encoder(torch.cat([x, history, summary], dim=-1)).chunk(2, dim=-1)
 
@@ -669,19 +660,13 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0
             table[rows, t] = value
         if done.all():
             break
+        if done.any():
+            alive, kept = alive[~done], run.tensor(~done)
+            batch.select(~done)
+            lower_past, upper_past = ([part[:, kept] for part in past] for past in (lower_past, upper_past))
         if pilot.blind:
             lower_past = upper_past = None
-        if done.any():
-            alive = alive[~done]
-            batch.select(~done)
-            lower_past, upper_past = living(lower_past, ~done), living(upper_past, ~done)
     return Result(reward, visited, gate_open, mask, *tables)
-
-
-def living(past, kept: np.ndarray):
-    """What the base remembers of the episodes that go on; kept (B,) bool."""
-    kept = torch.from_numpy(np.flatnonzero(kept))
-    return past and [tuple(part[kept.to(part.device)] for part in block) for block in past]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -834,6 +819,7 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # ----------------------------------------------------------------------------------------------------
 
 
+CLASSROOM = Config()
 PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
@@ -854,9 +840,8 @@ PRESETS = {
     "ant": {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000,
-            discover_lr=2e-3, free=0.43, blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3,
-            eval_episodes=512,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3, free=0.43,
+            blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
@@ -870,6 +855,7 @@ FAST = {
     "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
+WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
 
 
 class AbsoluteCells(nn.EmbeddingBag):
@@ -911,9 +897,8 @@ class RelativeCells(nn.Module):
     def forward(self, cells):
         """Cells of all objects (B, T, O + W + 1) -> (B, T, D)."""
         G = self.size
-        row, column = cells // G, cells % G
-        row_offset = row[..., :-1] - row[..., -1:] + G - 1  # 0 .. 2 G - 2
-        column_offset = column[..., :-1] - column[..., -1:] + G - 1
+        place = torch.stack([cells // G, cells % G])  # row and column
+        row_offset, column_offset = place[..., :-1] - place[..., -1:] + G - 1  # from the agent: 0 .. 2 G - 2
         offset = row_offset * (2 * G - 1) + column_offset
         index = torch.cat([offset, cells[..., -1:]], dim=-1) + self.first_row
         colours = self.features @ self.colour + self.obstacle  # (O, offsets, D)
@@ -940,14 +925,6 @@ class RelativeAnt(nn.Module):
         cells, body = (torch.from_numpy(x).to(obs.device) for x in self.world.own_frame(obs.cpu().numpy()))
         stands_on = (cells[..., : len(self.under)] == cells[..., -1:]).to(obs.dtype)  # (B, T, O)
         return torch.cat([self.cells(cells), stands_on @ self.under, self.body(body.to(obs.dtype))], dim=-1)
-
-
-def embed_grid(c: Config, world: envs.World) -> nn.Module:
-    return RelativeCells(world, c.dim) if c.relative_obs else AbsoluteCells(c, world)
-
-
-def embed_ant(c: Config, world: envs.AntWorld) -> nn.Module:
-    return RelativeAnt(c, world) if c.relative_obs else nn.Linear(world.parts["local"].stop, c.dim)
 
 
 def normal(mean, std):
@@ -987,7 +964,10 @@ class AntHead(nn.Module):
         return 0.5 * (self.next(features) - obs).square().sum(-1)
 
 
-EMBEDDINGS = {"grid": embed_grid, "ant": embed_ant}  # by World.kind
+EMBEDDINGS = {  # by World.kind
+    "grid": lambda c, world: RelativeCells(world, c.dim) if c.relative_obs else AbsoluteCells(c, world),
+    "ant": lambda c, world: RelativeAnt(c, world) if c.relative_obs else nn.Linear(world.parts["local"].stop, c.dim),
+}
 HEADS = {"grid": GridHead, "ant": AntHead}
 
 
@@ -1018,16 +998,12 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(wide if wide.shape == p.shape else wide.T, alpha=group["lr"] * size)
 
 
-WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
-
-
 def pretrain_optimisers(c: Config, base: BaseModel) -> list:
     """AdamW (paper), or Muon for the blocks' matrices and AdamW for the rest."""
     if not c.fast_optimiser:
         return [torch.optim.AdamW(base.parameters(), lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)]
     matrices = [module.weight for module in base.blocks.modules() if isinstance(module, nn.Linear)]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in base.parameters() if id(p) not in chosen]
+    rest = [p for p in base.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)
     # Embeddings and heads learn best at a higher rate.
     return [muon, torch.optim.AdamW(rest, lr=3 * c.pretrain_lr, weight_decay=WEIGHT_DECAY)]
@@ -1077,9 +1053,7 @@ class Labels(Controller):
 def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np.ndarray]:
     """True subgoal (N, T), -1 in the padding, and where it changes (N, T) bool, never at the first step."""
     subgoal = world.subgoal_of(episodes.goal)
-    changed = np.zeros(subgoal.shape, dtype=bool)
-    changed[:, 1:] = (subgoal[:, 1:] != subgoal[:, :-1]) & episodes.mask[:, 1:]
-    return subgoal, changed
+    return subgoal, (np.diff(subgoal, axis=1, prepend=subgoal[:, :1]) != 0) & episodes.mask
 
 
 def train_labels(run: Run, base: BaseModel) -> Labels:
@@ -1186,8 +1160,9 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, and KL of the proposals (N, T)."""
     found = []
     for part in episodes.chunks():
-        blind = draw_blind(run, len(part.mask), progress=1)
-        residual, _ = base.lower(run.tensor(part.obs[:, :-1]), blind)
+        obs = run.tensor(part.obs[:, :-1])
+        blind = torch.ones_like(obs[:, 0, 0], dtype=torch.bool) if run.config.blind == 1 else None  # as in phase 3
+        residual, _ = base.lower(obs, blind)
         proposal, kl = propose(run, base, meta, part, rng)
         found.append((*meta.integrate(residual, proposal, run.config.threshold), kl))
     return [torch.cat(column) for column in zip(*found)]
@@ -1212,11 +1187,9 @@ def measure_gate(run: Run, opened, changed, mask, rng) -> dict:
 def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -> dict:
     """What codes from the prior N(0, I) achieve: which subgoal follows which, and success in the RL task."""
     c, world = run.config, run.world
-
-    def play(count: int, roam: bool) -> Result:
-        draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
-        return rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam), c.temperature)
-
+    draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
+    pilot = lambda count: CodePilot(run, count, meta, draw)
+    play = lambda count, roam: rollout(run, base, pilot(count), world.batch(count, rng, roam), c.temperature)
     roaming, trials = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
     table = transition_table(world, roaming.visited)
     return {
@@ -1234,7 +1207,9 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     opened = (gate > run.config.threshold).cpu().numpy() & episodes.mask
     about_gate = measure_gate(run, opened, changed, episodes.mask, rng)
     about_random_codes = measure_random_codes(run, base, meta, rng)
-    print_raster(run, base, meta)
+    for i, steps in enumerate(episodes.lengths[:3]):
+        print("true subgoal  " + "".join(str(k) for k in subgoal[i, :steps]))
+        print("gate opens    " + "".join("|" if now else "." for now in opened[i, :steps]))
     opened, subgoal = run.tensor(opened), run.tensor(subgoal)
     named = [code[opened & (subgoal == k)] for k in range(len(run.world.subgoals))]
     return {
@@ -1253,15 +1228,14 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
     one after the other; the last column counts what completes none.
     """
     n, length = len(world.subgoals), len(world.subgoals[0])
-    counts = np.zeros((n, n + 1))
+    number = {colours: k for k, colours in enumerate(world.subgoals)}
+    counts = np.zeros((n + 1, n + 1))  # the last row and column: of what is no subgoal
     for row in visited:
         sequence = row[row >= 0]
-        for i in range(len(sequence) - 2 * length + 1):
-            before, after = tuple(sequence[i : i + length]), tuple(sequence[i + length : i + 2 * length])
-            if before in world.subgoals:
-                a = world.subgoals.index(before)
-                counts[a, world.subgoals.index(after) if after in world.subgoals else n] += 1
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        done = [number.get(tuple(sequence[i : i + length]), n) for i in range(len(sequence) - length + 1)]
+        for a, b in zip(done, done[length:]):
+            counts[a, b] += 1
+    return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))[:n]
 
 
 def fit_readout(run: Run, inputs, labels) -> float:
@@ -1272,8 +1246,7 @@ def fit_readout(run: Run, inputs, labels) -> float:
     half = len(inputs) // 2
     torch.manual_seed(0)
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
-    net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1))
-    net.to(run.device)
+    net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1)).to(run.device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(300):
         loss = F.cross_entropy(net(inputs[:half]), labels[:half])
@@ -1283,21 +1256,11 @@ def fit_readout(run: Run, inputs, labels) -> float:
     return (net(inputs[half:]).argmax(-1) == labels[half:]).float().mean().item()
 
 
-def print_raster(run: Run, base: BaseModel, meta: Metacontroller) -> None:
-    """True subgoals over switch marks (|), for three held-out episodes."""
-    episodes = run.held_out().take(np.arange(3))
-    subgoal, _ = subgoals(run.world, episodes)
-    _, gate, _ = encode(run, base, meta, episodes, run.seeded("figures"))
-    for i, steps in enumerate(episodes.lengths):
-        print("true subgoal  " + "".join(str(g) for g in subgoal[i, :steps]))
-        print("gate opens    " + "".join("|" if g > run.config.threshold else "." for g in gate[i, :steps]))
-
-
 def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
     """Success in the RL task of the policy, sampled and with its mean codes, on fresh episodes."""
-    play = functools.partial(play_codes, run, models["pretrain"], models["discover"], policy)
-    success = [play(4 * run.config.eval_episodes, run.seeded("evaluate"), sample)[1] for sample in (True, False)]
-    return {"internal_rl_success": success[0], "internal_rl_mean_success": success[1]}
+    played, count = (run, models["pretrain"], models["discover"], policy), 4 * run.config.eval_episodes
+    success = lambda sample: play_codes(*played, count, run.seeded("evaluate"), sample)[1]
+    return {"internal_rl_success": success(True), "internal_rl_mean_success": success(False)}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
@@ -1355,8 +1318,7 @@ def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
     rng = run.seeded("figures")
     pilot = CodePilot(run, 100, models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
-    heat, batch = run.config.temperature, run.world.scattered(100, rng)
-    result = rollout(run, models["pretrain"], pilot, batch, heat)
+    result = rollout(run, models["pretrain"], pilot, run.world.scattered(100, rng), run.config.temperature)
     seen, rows, last = result.visited >= 0, np.arange(100), result.mask.sum(axis=1) - 1
     first = seen.argmax(axis=1)
     end = np.where(seen.any(axis=1), np.minimum(first + 1, last), last)
@@ -1440,9 +1402,10 @@ class Viewer(CodePilot):
     """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. Long episodes are
     shown every few steps. `frames` has an observation, the number of the code, the gate and whether it opened."""
 
-    def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float):
+    def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float, every: int):
         super().__init__(run, 1, meta, choose)
         self.run, self.codes, self.fps, self.frames = run, codes, fps, []
+        self.every = every  # steps
 
     def show(self, batch) -> None:
         world = self.run.world
@@ -1452,7 +1415,7 @@ class Viewer(CodePilot):
 
     def steer(self, residual, batch, rows):
         t = len(self.frames)
-        shown = batch.entered[0] or t % self.run.world.shown_every == 0
+        shown = t % self.every == 0
         if shown:
             self.show(batch)
         controlled, opened = super().steer(residual, batch, rows)
@@ -1462,11 +1425,6 @@ class Viewer(CodePilot):
             print(f"{'|' if opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)
             time.sleep(1 / self.fps if self.fps else 0)
         return controlled, opened
-
-    def end(self, batch) -> None:
-        """Show where the last step led."""
-        self.show(batch)
-        self.frames.append((batch.observe()[0], self.frames[-1][1], 0.0, False))
 
 
 def watch(run: Run, args) -> int:
@@ -1484,11 +1442,13 @@ def watch(run: Run, args) -> int:
     try:
         for number in range(1, (args.watch_episodes or (1 if held else 3)) + 1):
             choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"])
-            viewer = Viewer(run, models["discover"], choose, codes, fps)
+            every = 1 if args.by_hand else run.world.shown_every  # a person must see where the gate opened
+            viewer = Viewer(run, models["discover"], choose, codes, fps, every)
             episodes.append(viewer.frames)
             batch = run.world.batch(1, rng, roam=held)  # one code: also after its goal is reached
             result = rollout(run, models["pretrain"], viewer, batch, run.config.temperature)
-            viewer.end(batch)
+            viewer.show(batch)  # where the last step led
+            viewer.frames.append((batch.observe()[0], viewer.frames[-1][1], 0.0, False))
             solved += int(result.reward.item())
             visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
             line = f"{result.mask.sum()} steps, visits {visits}"
@@ -1564,9 +1524,8 @@ class Run:
         print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {values}  {speed}; left: "
               f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
-            with open(self.out / "metrics.csv", "a", newline="", encoding="utf-8") as file:
-                rows = ((self.phase, step, round(elapsed, 1), name, value) for name, value in metrics.items())
-                csv.writer(file).writerows(rows)
+            with open(self.out / "metrics.csv", "a", encoding="utf-8") as file:
+                file.writelines(f"{self.phase},{step},{elapsed:.1f},{key},{metrics[key]}\n" for key in metrics)
 
 
 class Stage(NamedTuple):
@@ -1604,19 +1563,8 @@ def write_json(path: Path, content) -> None:
     write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
-SAVED = {"config", "seed", "model", "metrics"}  # of each stage, in run.pt
 TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
-
-
-def check_origin(run: Run, name: str, content: dict, path: Path, advice: str) -> None:
-    """Raise Failure if a saved stage belongs to another config or seed."""
-    theirs = {"seed": content["seed"], **content["config"]}
-    for field, ours in {"seed": run.seed, **asdict(run.config)}.items():
-        if theirs.get(field) != ours:
-            raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours}; {advice}")
-        if field == STAGES[name].last:
-            return
 
 
 def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
@@ -1634,26 +1582,26 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     path = SHIPPED / f"{run.name}.pt" if needed and not own else mine
     try:
         saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
-        if {*saved} - {*STAGES} or any({*content} != SAVED for content in saved.values()):
+        if {*saved} - {*STAGES} or any({*part} != {"config", "seed", "model", "metrics"} for part in saved.values()):
             raise KeyError
         run.saved = {name: saved[name] for name in STAGES if name in saved and (own or name in needed)}
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
+    names, ours = ["seed", *asdict(run.config)], {"seed": run.seed, **asdict(run.config)}
+    advice = "choose another --out" if own else "run --phase pretrain here first"
     for name, content in run.saved.items():
-        check_origin(run, name, content, path, "choose another --out" if own else "run --phase pretrain here first")
+        theirs = {"seed": content["seed"], **content["config"]}
+        for field in names[: names.index(STAGES[name].last) + 1]:  # a stage depends on no later one
+            if theirs.get(field) != ours[field]:
+                raise Failure(f"{path}: made with --{field}={theirs.get(field)}, this run has {ours[field]}; {advice}")
     missing = [STAGES[name].phase for name in STAGES if name in needed and name not in run.saved]
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
-    typical = typical_minutes(run.name)
-    run.plan = {name: typical.get(name, 0.0) for name in wanted if name not in run.saved}
+    typical = SHIPPED / f"{run.name}.json"  # whose minutes tell how long this run may take
+    seeds = json.loads(typical.read_text(encoding="utf-8"))["seeds"] if typical.exists() else [{}]
+    minutes = lambda name: float(np.mean([seed.get(f"minutes_{name}", 0.0) for seed in seeds]))
+    run.plan = {name: minutes(name) for name in wanted if name not in run.saved}
     return path
-
-
-def typical_minutes(name: str) -> dict[str, float]:
-    """Minutes of each stage in the runs whose results come with the code, to tell how long this one may take."""
-    path = SHIPPED / f"{name}.json"
-    seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"] if path.exists() else []
-    return {stage: float(np.mean([seed.get(f"minutes_{stage}", 0) for seed in seeds])) for stage in STAGES if seeds}
 
 
 def load_model(run: Run, name: str) -> nn.Module:
@@ -1685,9 +1633,8 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     if name in run.curves:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
-    run.saved[name] = {
-        "config": asdict(run.config), "seed": run.seed, "model": models[name].state_dict(), "metrics": plain
-    }  # fmt: skip
+    run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain}
+    run.saved[name]["model"] = models[name].state_dict()
     packed = io.BytesIO()  # writing to a disk that is full is an OSError then
     torch.save(run.saved, packed)
     write_whole(run.out / "run.pt", lambda file: file.write_bytes(packed.getvalue()))
@@ -1721,8 +1668,6 @@ def run_seed(run: Run, phase: str) -> dict:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, exit status 2."""
-
     def error(self, message):
         raise Failure(message)
 
@@ -1759,9 +1704,6 @@ def seeds(text: str) -> list[int]:
     return found
 
 
-WATCH = "watch_episodes", "fps", "by_hand", "code", "gif"  # flags of --phase watch
-
-
 def config_comments() -> dict[str, str]:
     """The comment beside each field of Config is its help text."""
     halves = [line.strip().split("  # ") for line in inspect.getsource(Config).splitlines()]
@@ -1769,14 +1711,11 @@ def config_comments() -> dict[str, str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        description="Internal RL (arXiv 2512.20605): pretrain, discover, reinforce inside the model.",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--env", choices=list(PRESETS), default="grid", help="which tasks")
     parser.add_argument("--preset", choices=list(PRESETS["grid"]), default="classroom", help="sizes and schedules")
-    parser.add_argument("--phase", default="all", help="what to run",
-                        choices=["pretrain", "discover", "rl", "all", "watch"])  # fmt: skip
+    phases = ["pretrain", "discover", "rl", "all", "watch"]
+    parser.add_argument("--phase", choices=phases, default="all", help="what to run")
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", type=seeds, default="0", help="seed, or several: 0,1,2 (then all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
@@ -1805,10 +1744,9 @@ def make_parser() -> argparse.ArgumentParser:
 def make_config(args) -> Config:
     if args.preset not in PRESETS[args.env]:
         raise Failure(f"--preset {args.preset}: --env {args.env} has {', '.join(PRESETS[args.env])}")
-    config = PRESETS[args.env][args.preset]
-    if args.fast:
-        config = replace(config, **FAST)
-    config = replace(config, **{f.name: value for f in fields(Config) if (value := getattr(args, f.name)) is not None})
+    given = {f.name: value for f in fields(Config) if (value := getattr(args, f.name)) is not None}
+    fast = FAST if args.fast else {}
+    config = replace(PRESETS[args.env][args.preset], **{**fast, **given})
     if config.control_block > config.layers:
         raise Failure(f"--control_block={config.control_block}: must be at most --layers={config.layers}")
     if config.dim % config.heads:
@@ -1819,13 +1757,6 @@ def make_config(args) -> Config:
     if not world.transitions(world.rl_task):
         raise Failure(f"--world={config.world}: its rl_task must have at least two subgoals, it is {world.rl_task}")
     return config
-
-
-def make_device(name: str) -> torch.device:
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise Failure("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and found else "cpu")
 
 
 def describe_machine() -> str:
@@ -1851,13 +1782,6 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def print_summary(metrics: dict) -> None:
-    print("--- results")
-    for name, value in numbers(metrics).items():
-        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"peak_memory_gb: {peak_memory_gb():.2f}")
-
-
 def main(argv=None) -> int:
     try:
         return run_command(make_parser().parse_args(argv), argv)
@@ -1873,10 +1797,13 @@ def main(argv=None) -> int:
 
 
 def run_command(args, argv) -> int:
-    config, device = make_config(args), make_device(args.device)
-    alien = [name for name in WATCH if args.phase != "watch" and getattr(args, name) is not None]
-    if alien:
-        raise Failure(f"--{alien[0]}: belongs to --phase watch")
+    config, found = make_config(args), torch.cuda.is_available()
+    if args.device == "cuda" and not found:
+        raise Failure("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    device = torch.device("cuda" if args.device != "cpu" and found else "cpu")
+    for name in ("watch_episodes", "fps", "by_hand", "code", "gif"):
+        if args.phase != "watch" and getattr(args, name) is not None:
+            raise Failure(f"--{name}: belongs to --phase watch")
     if args.gif and Path(args.gif).suffix != ".gif":
         raise Failure(f"--gif {args.gif}: must end in .gif")
     if args.phase == "watch" and len(args.seed) > 1:
@@ -1901,7 +1828,10 @@ def run_command(args, argv) -> int:
     results = []
     for run in runs:
         results.append(run_seed(run, args.phase))
-        print_summary(results[-1])
+        print("--- results")
+        for key, value in numbers(results[-1]).items():
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+        print(f"peak_memory_gb: {peak_memory_gb():.2f}")
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
         models = {stage: load_model(runs[0], stage) for stage in TRAINED}
         draw_picture(runs[0], models, results, (folder if len(runs) > 1 else runs[0].out) / "picture.png")

@@ -577,7 +577,7 @@ def test_block_parallel_equals_step_form():
     """A block run on 9 steps at once equals the block fed 1, 1, 3, 1, 2, 1 steps with its past carried along. In a
     blind episode each step is an episode of its own; beside it, the others are read as ever."""
     module = wake(ir.Block(make_run().config), 0.1).double()
-    x, past, outputs = torch.randn(3, 9, 16).double(), (), []
+    x, past, outputs = torch.randn(3, 9, 16).double(), None, []
     expected = module(x)[0]
     for part in torch.arange(9).split([1, 1, 3, 1, 2, 1]):
         y, past = module(x[:, part], past=past)
