@@ -7,9 +7,9 @@
 
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
 and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
-model was trained to imitate experts. They made three visits in many orders, but never went from 0 to 1, from 1 to 2,
-from 2 to 3 or from 3 to 0. The chance of a first success, with the first visit 1 in 4 and the other five as we
-measured them:
+model was trained to imitate experts. Each expert's episode has three visits, in one of 16 orders. None goes from 0 to
+1, from 1 to 2, from 2 to 3 or from 3 to 0. The chance of a first success, with the first visit 1 in 4 and the other
+five as we measured them:
 
     the imitator acts alone:                  1/4 x (1/230)^5 = 1 in 2,600,000,000,000 episodes
     random *codes* steer the same imitator:   1/4 x (1/5)^5   = 1 in 12,500 episodes
@@ -24,7 +24,7 @@ in the trajectories of the experts. This takes three phases, in the order of thi
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, and proposes a code at each step. A *gate* sees no future.
+       encoder sees the whole episode, its future included, and proposes codes. A *gate* sees residuals up to now.
        It decides when a proposed code replaces the code in force. The code becomes a matrix U_t, which acts between
        the blocks.
 
@@ -44,7 +44,7 @@ in the trajectories of the experts. This takes three phases, in the order of thi
 A run writes its models to --out, with its measurements and a picture. Run it again to resume after an interruption.
 
 Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z numbers in a code, H in a
-history or summary, R rank of a controller, M matrices that a controller is mixed from, K decisions of an episode)
+history or summary, R rank of a controller, M pairs of matrices that it is mixed from, K decisions of an episode)
 
     here              paper    shape        meaning                                                    where
     residual          e_t      (B, T, D)    what the base's blocks pass on, after `control_block`      Eq. 1
@@ -140,7 +140,7 @@ class Config:
     encoder_hidden: Count = 64  # (paper)
     code_dim: Count = 8  # Z (paper: n_z)
     decoder_hidden: Count = 32  # (paper)
-    shuffle: bool = True  # departure: the encoder sees a copy of the episode with its cells exchanged at random
+    shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
@@ -151,8 +151,8 @@ class Config:
     rl_episodes: Natural = 150_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
-    rl_epochs: Count = 3  # passes over a batch
-    rl_minibatches: Count = 4  # updates per pass
+    rl_epochs: Count = 3  # passes over a batch (paper: 1)
+    rl_minibatches: Count = 4  # updates per pass (paper: 1)
     rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
     raw_lr: Rate = 1e-4  # peak of raw-action RL, which fine-tunes the base (paper: 3e-5)
 
@@ -167,7 +167,7 @@ class Config:
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step, which it has seen in training. Phase 2 says what this is good for.
+# episode began at this step. Phase 2 says what this is good for.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -336,7 +336,8 @@ def shift_right(x):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
-    Encoder and gate each keep a history of what they read, by one and the same recurrent network, a GRU.
+    Encoder and gate each keep a history of what they read, by the same recurrent network, the GRU `history`. A second
+    GRU, `embedder`, makes the encoder's summary.
     """
 
     def __init__(self, c: Config):
@@ -351,7 +352,7 @@ class Metacontroller(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.SiLU())
         self.controller = Controller(c, M=c.decoder_hidden + 1)
         nn.init.zeros_(self.switch[2].bias)
-        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a proposal is more than noise from the start
+        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: noise must not drown the mean
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
@@ -384,8 +385,8 @@ class Metacontroller(nn.Module):
             gate          1     0     0     1    .5     0      1: adopt the proposal, 0: keep the code
             code         10    10    10    40    45    45
 
-        In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
-        *hard*, as in phase 3: a code is replaced as a whole where the gate is above the threshold, or not at all.
+        In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it
+        acts *hard*, as in phase 3: a code is replaced as a whole where the gate is above the threshold, or not at all.
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
         """
@@ -425,8 +426,9 @@ def code_kl(mean, log_std):
 # `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log` shows progress, `run.tensor` turns a
 # numpy array into a tensor. So a phase depends on nothing but config, seed and the phases before.
 #
-# Trajectories are clean but for *jumps*: now and then the agent is put on another cell, and the expert goes on from
-# there. So the model also learns what to do where the expert would never pass, as a steered one will.
+# Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. Many
+# episodes begin on a colour. So the model learns what to do on cells where no expert passes, to which a controller may
+# lead it. And it knows first steps on a colour, which is what a blind step after a visit looks like.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -483,21 +485,20 @@ def pretrain(run: Run) -> BaseModel:
 # the code in force, so the gate learns to stay shut there. It finds the right moment in the residual: the agent has
 # just arrived on a colour.
 #
-# Who sees what (in phase 3 the policy takes the encoder's place, and sees the residuals at openings of the gate):
-#                         the base                   the gate           the encoder
+# Who sees what:
+#                         the base               the gate           the encoder               the policy
 #     phase 1             all steps so far
-#     phase 2, at first   each step alone (blind)    all steps so far   the whole episode, cells renumbered
-#     phase 2, at last    all steps so far           all steps so far   the whole episode, cells renumbered
-#     phase 3             all steps so far           all steps so far
+#     phase 2, at first   each step alone        all steps so far   all steps, renumbered
+#     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
+#     phase 3             all steps so far       all steps so far                             steps with an open gate
 #
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
-#    at all steps. The copy shows which colour is visited when, but no directions, places or distances.
-# 2. At first the base is blind. A base that remembers knows from the colours visited so far which two goals may come
-#    next in what experts do. Then a code would only say which of the two, and could never lead to another goal. A
-#    blind base must be told the goal itself. Later, ever more episodes are read with memory, so that the controllers
-#    learn to steer the base as it is in phase 3.
-# The ant's base stays blind to the end, in phase 3, too: see the README.
+#    at all steps. The copy shows which colour is visited when, but no directions and no places.
+# 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. Then a code
+#    would only say which of the two, and could never mean 1. A blind base must be told the goal itself. Later, ever
+#    more episodes are read with memory, so that the controllers learn to steer the base as it is in phase 3.
+# The gate remembers by itself, also where the base is blind. The ant's base stays blind to the end, in phase 3, too.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -513,8 +514,8 @@ def kl_charge(c: Config, progress: float) -> float:
 
 
 def draw_blind(run: Run, count: int, progress: float):
-    """Which of `count` episodes are read blind, (count,) bool or None: all for the share `blind` of phase 2, then for
-    half as long ever fewer."""
+    """Which of `count` episodes are read blind, (count,) bool or None if none is. With `blind` .5 all are until half
+    of phase 2 is done, then ever fewer, and none from three quarters on."""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     return torch.rand(count, device=run.device) < share if share else None
 
@@ -523,9 +524,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
-    Between entries the proposal is noise, N(0, I), and costs nothing. The encoder's copy goes through the base's lower
-    blocks as well, as blind as at the start of phase 2: what happens in a copy with renumbered cells makes no sense to
-    remember.
+    Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks read the encoder's copy blind,
+    all through phase 2 (unless `blind` is 0). Only the encoder's own networks connect the steps of the copy.
     """
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
@@ -592,7 +592,8 @@ class Pilot:
     blind = False  # whether the base is read blind
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D), opened gates (B,) bool."""
+        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D), opened gates (B,) bool.
+        batch: the episodes themselves; of these, codes may see nothing."""
         return residual, torch.zeros(len(rows), dtype=torch.bool)
 
 
@@ -681,7 +682,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0
 #
 # The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. Nobody
 # tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
-# begin. Six decisions share the credit for a success, not twenty moves.
+# begin. Six decisions share the credit for a success, not some twenty moves.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -757,7 +758,8 @@ def terminal_advantage(reward):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """PPO's clipped objective, its mean over decisions: three (B, K), advantage (B,), mask (B, K) -> scalar.
+    """Minus PPO's clipped objective, mean over decisions. log_prob, old_log_prob, mask (B, K), advantage (B,) ->
+    scalar.
 
         ratio = new probability of the decision / old probability
         gain  = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )
@@ -775,8 +777,8 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     peak: highest learning rate.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
-    is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the few
-    successes of the first batches must move the policy far.
+    is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
+    successes are rare: each must move the policy far.
     """
     c, episodes = run.config, 0
     rng, curve = run.seeded(phase), run.curves.setdefault(phase, [])
