@@ -858,8 +858,6 @@ FAST = {
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
-
-
 class AbsoluteCells(nn.EmbeddingBag):
     """The paper's: a vector for each (object, cell). This is a linear layer on the paper's one-hots, 637 numbers."""
 
@@ -1275,15 +1273,13 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------
 
 
-def pyplot():
+def new_figure(**options):
+    """An empty figure. It is drawn without a screen, and goes when nothing refers to it: no pyplot."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise Failure("pictures need matplotlib: pip install matplotlib (or pass --no-figures, or no --gif)") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(layout="constrained", **options)
 
 
 def draw_cells(axis, world: envs.World, obs) -> None:
@@ -1347,20 +1343,21 @@ def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     """The paper in one picture: when the gate opens, what the codes do, how fast a policy over them learns."""
     codes = seeds[0]["mean_codes"]
     layout = [["gates"] * len(codes), [*range(len(codes))], ["curves"] * len(codes)]
-    figure, axes = pyplot().subplot_mosaic(layout, figsize=(9, 9), height_ratios=(2, 3, 3), layout="constrained")
+    figure = new_figure(figsize=(9, 9))
+    axes = figure.subplot_mosaic(layout, height_ratios=(2, 3, 3))
     draw_gates(axes["gates"], run, models)
     for number, code in enumerate(codes):
         draw_code(axes[number], run, models, number, code)
     draw_curves(axes["curves"], seeds)
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
-    pyplot().close(figure)
 
 
 def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float) -> None:
     """What was watched, animated: the path has the colour of its code, dots are switches, the gate is below."""
     from matplotlib.animation import PillowWriter
 
-    figure, (axis, below) = pyplot().subplots(2, 1, figsize=(3, 3.4), height_ratios=(12, 1), layout="constrained")
+    figure = new_figure(figsize=(3, 3.4))
+    axis, below = figure.subplots(2, 1, height_ratios=(12, 1))
     colours, writer = 0.7 * code_colours(run.world), PillowWriter(fps=fps)
     bar = below.barh(0, 1, color="black")[0]
     below.set(xlim=(0, 1), yticks=[], xticks=[], xlabel="gate")
@@ -1378,7 +1375,6 @@ def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float
                 if t % run.world.shown_every == 0 or t == len(frames) - 1:
                     writer.grab_frame()
                 axis.plot(x[t : t + 2], y[t : t + 2], color=colours[number])
-    pyplot().close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1816,7 +1812,7 @@ def run_command(args, argv) -> int:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # numbers next to zero are slow and mean nothing here
     if args.gif or not (args.no_figures or args.phase == "watch"):
-        pyplot()  # say at once if it is missing
+        new_figure()  # says at once if matplotlib is missing
     folder = Path(args.out or f"runs/{args.env}-{args.preset}{'-fast' if args.fast else ''}")
     alone = len(args.seed) == 1 and args.out
     print(f"internal_rl: --env {args.env} --preset {args.preset}; {versions()}; {describe_machine()}; "
