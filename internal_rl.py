@@ -96,10 +96,10 @@ import envs
 
 # Other names for int and float. Flags are read by them: each has the least and the most that a flag may say.
 Many = Count = Natural = int
-Chance = Weight = Rate = float
+Chance = Weight = Rate = Bias = float
 BOUNDS = {
     "Many": (16, 10**12), "Count": (1, 10**12), "Natural": (0, 10**12),
-    "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6),
+    "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6), "Bias": (-20, 20),
 }  # fmt: skip
 CHOICES = {"world": envs.WORLDS}
 
@@ -137,9 +137,9 @@ class Config:
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
-    encoder_hidden: Count = 64  # (paper)
+    encoder_hidden: Count = 64  # hidden units of encoder and gate; the decoder has half as many (paper)
     code_dim: Count = 8  # Z (paper: n_z)
-    decoder_hidden: Count = 32  # (paper)
+    gate_bias: Bias = 0.0  # at first; -4: the gate begins nearly shut (paper: not given)
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
@@ -349,9 +349,9 @@ class Metacontroller(nn.Module):
             nn.Linear(D + H + H, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 2 * Z)
         )
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
-        self.decoder = nn.Sequential(nn.Linear(Z, c.decoder_hidden), nn.SiLU())
-        self.controller = Controller(c, M=c.decoder_hidden + 1)
-        nn.init.zeros_(self.switch[2].bias)
+        self.decoder = nn.Sequential(nn.Linear(Z, c.encoder_hidden // 2), nn.SiLU())
+        self.controller = Controller(c, M=c.encoder_hidden // 2 + 1)
+        nn.init.constant_(self.switch[2].bias, c.gate_bias)
         self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: noise must not drown the mean
 
     def read(self, residual):
@@ -843,7 +843,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3, free=0.43,
-            blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3, eval_episodes=512,
+            blind=1.0, gate_bias=-4.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,

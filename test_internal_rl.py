@@ -912,7 +912,7 @@ GRID_OF_THE_PAPER = {  # its App. A, C and D, tables A1 to A14; lambda and alpha
     "init_scale": 0.1, "control_block": 3, "memory": True,
     "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "fast_optimiser": False, "obs_loss": 0.01,
     "jumps": 0, "discover_batch": 512, "discover_lr": 1e-3, "rank": 16, "free": 0, "blind": 0, "steer_steps": 3200,
-    "history_dim": 32, "encoder_hidden": 64, "code_dim": 8, "decoder_hidden": 32, "shuffle": False,
+    "history_dim": 32, "encoder_hidden": 64, "gate_bias": 0, "code_dim": 8, "shuffle": False,
     "discover_steps": 64_000, "kl_weight": 0.17, "temperature": 1, "threshold": 0.5, "policy_dim": 256, "least_std": 0,
     "rl_episodes": 100_000 * 1024, "rl_batch": 1024, "rl_lr": 3e-5, "rl_epochs": 1, "rl_minibatches": 1,
     "rl_clip": 0.2, "raw_lr": 3e-5,
