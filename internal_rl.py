@@ -858,6 +858,8 @@ FAST = {
     "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
 }  # fmt: skip
 WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
+
+
 class AbsoluteCells(nn.EmbeddingBag):
     """The paper's: a vector for each (object, cell). This is a linear layer on the paper's one-hots, 637 numbers."""
 
