@@ -1157,6 +1157,15 @@ def test_rewarded_code_becomes_likelier(monkeypatch):
     assert changed(policy, before) == set() and run.curves["raw"][-1] == (6400, 0)
 
 
+def test_each_kind_of_rl_has_its_own_rate(monkeypatch):
+    """Internal RL learns at rl_lr, RL on raw actions at raw_lr."""
+    seen, run = {}, make_run(rl_lr=0.1, raw_lr=0.2)
+    monkeypatch.setattr(ir, "reinforce", lambda run, phase, model, peak, *rest: seen.update({phase: peak}))
+    base = ir.BaseModel(run.config)
+    ir.internal_rl(run, base, None), ir.raw_rl(run, base)
+    assert seen == {"rl": 0.1, "raw": 0.2}
+
+
 # ---- Runs: phases, checkpoints, messages -----------------------------------------------------------
 
 def run_main(out, *flags) -> int:
