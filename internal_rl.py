@@ -24,9 +24,9 @@ in the trajectories of the experts. This takes three phases, in the order of thi
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, and proposes codes. A *gate* sees residuals up to now.
-       It decides when a proposed code replaces the code in force. The code becomes a matrix U_t, which acts between
-       the blocks.
+       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. It
+       proposes codes. A *gate* sees residuals up to now. It decides when a proposed code replaces the code in force.
+       The code becomes a matrix U_t, which acts between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
