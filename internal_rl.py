@@ -132,7 +132,7 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0  # departure: for this share of phase 2 the KL costs nothing, then for as long ever more
+    free: Chance = 0.0625  # departure: for this share of phase 2 the KL costs nothing, then for as long ever more
     blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
@@ -826,7 +826,7 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
+    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
     least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
