@@ -601,9 +601,9 @@ ANKLE_SIGN = np.array([1, -1, -1, 1])  # ant.xml bends these ankles to this side
 DIAGONAL = np.array([1, -1, 1, -1])  # a trot: legs 1 and 3 against legs 2 and 4
 
 
-def yaw_of(state: np.ndarray) -> np.ndarray:
-    """Where the torso's x axis points, seen from above, (..., 30) -> (...)."""
-    w, x, y, z = np.moveaxis(state[..., QUATERNION], -1, 0)
+def yaw_of(quaternion: np.ndarray) -> np.ndarray:
+    """Where the x axis of a body with this orientation points, seen from above, (..., 4) -> (...)."""
+    w, x, y, z = np.moveaxis(quaternion, -1, 0)
     return np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
 
 
@@ -619,7 +619,7 @@ def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
     hip, ankle = state[:, JOINTS].reshape(-1, 4, 2).transpose(2, 0, 1)  # (B, 4), legs 1 to 4
     hip_rate, ankle_rate = state[:, JOINT_RATES].reshape(-1, 4, 2).transpose(2, 0, 1)
     ankle, ankle_rate = ankle * ANKLE_SIGN, ankle_rate * ANKLE_SIGN
-    angle = LEG_AZIMUTH + (yaw_of(state) - direction)[:, None]
+    angle = LEG_AZIMUTH + (yaw_of(state[:, QUATERNION]) - direction)[:, None]
     radial, tangential = np.cos(angle), -np.sin(angle)
     theta = np.arctan2(-(ankle * DIAGONAL).sum(axis=1), -(ankle_rate * DIAGONAL).sum(axis=1) / w0) + delta
     c, s = DIAGONAL * np.cos(theta)[:, None], DIAGONAL * np.sin(theta)[:, None]
@@ -793,8 +793,9 @@ class AntWorld(World):
         above, below, left and right. These directions are the terms in which the scripted expert thinks.
         """
         height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
-        w, x, y, z = np.moveaxis(np.sign(orientation) * np.expm1(np.abs(orientation)), -1, 0)
-        yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+        quaternion = np.sign(orientation) * np.expm1(np.abs(orientation))
+        w, x, y, z = np.moveaxis(quaternion, -1, 0)
+        yaw = yaw_of(quaternion)
         centres = np.array([[0, 2], [0, -2], [-2, 0], [2, 0]], dtype=obs.dtype) - local[..., None, :]
         centres /= np.linalg.norm(centres, axis=-1, keepdims=True)
         plane = np.concatenate([velocity[..., None, :2], local[..., None, :], centres], axis=-2)

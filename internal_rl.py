@@ -127,7 +127,7 @@ class Config:
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
     fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    jumps: Chance = 0.1  # departure: chance per step that the agent is put elsewhere; many episodes start on a colour
+    jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
     # phase 2, and the check: one controller for each true subgoal, switched by hand
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
@@ -479,11 +479,11 @@ def pretrain(run: Run) -> BaseModel:
 # expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
 # the goal, once, when it changes.
 #
-# Why does the gate open there, and stay shut elsewhere? Every proposal pays its KL, whether the gate adopts it or not.
-# With the gate always open, the encoder would have to repeat the goal, and pay for it, at each step. With the gate
-# shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt noise would destroy
-# the code in force, so the gate learns to stay shut there. It finds the right moment in the residual: the agent has
-# just arrived on a colour.
+# Why does the gate open there, and stay shut at other steps? Every proposal pays its KL, whether the gate adopts it or
+# not. With the gate always open, the encoder would have to repeat the goal, and pay for it, at each step. With the
+# gate shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt noise would
+# destroy the code in force, so the gate learns to stay shut there. It finds the right moment in the residual: the
+# agent has just arrived on a colour.
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -535,9 +535,9 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     # The encoder reads the entries, one after the other, and the last observation, which shows the last visit.
     read = np.tile(episodes.lengths[:, None], count.max() + 1)
     read[row, number] = step
-    residual, _ = base.lower(
-        run.tensor(np.take_along_axis(view, read[..., None], axis=1)), draw_blind(run, len(view), progress=0)
-    )
+    view = run.tensor(np.take_along_axis(view, read[..., None], axis=1))
+    blind = draw_blind(run, len(view), progress=0)  # as at the start of phase 2
+    residual, _ = base.lower(view, blind)
     spoken = torch.cat(meta.encode(residual, run.tensor(count)), dim=-1)  # at entries
     gaussian = spoken.new_zeros(*is_entry.shape, spoken.shape[-1])  # at steps: mean 0, log_std 0 where nothing is said
     gaussian[run.tensor(row), run.tensor(step)] = spoken[run.tensor(row), run.tensor(number)]
@@ -599,7 +599,7 @@ class Pilot:
 
 class CodePilot(Pilot):
     """The metacontroller without its encoder (Alg. 1). Where the gate opens, and at the first step,
-    choose(residual (B, D), rows (B,)) -> code (B, Z) gives a new code; elsewhere the code is held."""
+    choose(residual (B, D), rows (B,)) -> code (B, Z) gives a new code; else the code is held."""
 
     def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
@@ -1017,8 +1017,9 @@ def rate(c: Config, progress: float) -> float:
     return min(1.0, 0.02 + 49 * progress, 2 - 2 * progress) if c.fast_optimiser else 1.0
 
 
-def update(model: nn.Module, loss, optimisers: list, rate: float) -> None:
-    """One gradient step of `model` at this share of the optimisers' peak rates. Gradients longer than 1 are cut to 1.
+def update(model: nn.Module, loss, optimisers: list, share: float) -> None:
+    """One gradient step of `model` at this share (0 to 1) of the optimisers' peak rates. Gradients longer than 1 are
+    cut to 1.
 
     Losses are given per step of an episode: then most gradients are shorter than 1.
     """
@@ -1027,7 +1028,7 @@ def update(model: nn.Module, loss, optimisers: list, rate: float) -> None:
         raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
-            group["lr"] = rate * optimiser.defaults["lr"]
+            group["lr"] = share * optimiser.defaults["lr"]
         optimiser.step()
     model.zero_grad(set_to_none=True)
 
@@ -1117,9 +1118,9 @@ def raw_rl(run: Run, base: BaseModel) -> BaseModel:
     """The baseline: fine-tune a copy of the base on raw actions, with as many episodes."""
     c = run.config
     model = copy.deepcopy(base).requires_grad_(True)
-    collect = lambda rng: play_actions(run, model, c.rl_batch, rng)
+    play = lambda rng: play_actions(run, model, c.rl_batch, rng)
     log_prob = lambda obs, action: model.head(model(obs)).log_prob(action)
-    reinforce(run, "raw", model, c.raw_lr, collect, log_prob)
+    reinforce(run, "raw", model, c.raw_lr, play, log_prob)
     return model.requires_grad_(False)
 
 
@@ -1190,8 +1191,10 @@ def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -
     """What codes from the prior N(0, I) achieve: which subgoal follows which, and success in the RL task."""
     c, world = run.config, run.world
     draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
-    pilot = lambda count: CodePilot(run, count, meta, draw)
-    play = lambda count, roam: rollout(run, base, pilot(count), world.batch(count, rng, roam), c.temperature)
+
+    def play(count: int, roam: bool) -> Result:
+        return rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam), c.temperature)
+
     roaming, trials = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
     table = transition_table(world, roaming.visited)
     return {
@@ -1260,9 +1263,10 @@ def fit_readout(run: Run, inputs, labels) -> float:
 
 def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
     """Success in the RL task of the policy, sampled and with its mean codes, on fresh episodes."""
-    played, count = (run, models["pretrain"], models["discover"], policy), 4 * run.config.eval_episodes
-    success = lambda sample: play_codes(*played, count, run.seeded("evaluate"), sample)[1]
-    return {"internal_rl_success": success(True), "internal_rl_mean_success": success(False)}
+    base, meta, count = models["pretrain"], models["discover"], 4 * run.config.eval_episodes
+    _, success = play_codes(run, base, meta, policy, count, run.seeded("evaluate"))
+    _, mean_success = play_codes(run, base, meta, policy, count, run.seeded("evaluate"), sample=False)
+    return {"internal_rl_success": success, "internal_rl_mean_success": mean_success}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
@@ -1405,7 +1409,7 @@ class Viewer(CodePilot):
     def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float, every: int):
         super().__init__(run, 1, meta, choose)
         self.run, self.codes, self.fps, self.frames = run, codes, fps, []
-        self.every = every  # steps
+        self.every = every  # an episode is shown every so many steps
 
     def show(self, batch) -> None:
         world = self.run.world
@@ -1598,8 +1602,8 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
     typical = SHIPPED / f"{run.name}.json"  # whose minutes tell how long this run may take
-    seeds = json.loads(typical.read_text(encoding="utf-8"))["seeds"] if typical.exists() else [{}]
-    minutes = lambda name: float(np.mean([seed.get(f"minutes_{name}", 0.0) for seed in seeds]))
+    shipped = json.loads(typical.read_text(encoding="utf-8"))["seeds"] if typical.exists() else [{}]
+    minutes = lambda name: float(np.mean([metrics.get(f"minutes_{name}", 0.0) for metrics in shipped]))
     run.plan = {name: minutes(name) for name in wanted if name not in run.saved}
     return path
 
