@@ -8,8 +8,8 @@
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
 and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
 model was trained to imitate experts. Each expert's episode has three visits, in one of 16 orders. None goes from 0 to
-1, from 1 to 2, from 2 to 3 or from 3 to 0. The chance of a first success, with the first visit 1 in 4 and the other
-five as we measured them:
+1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? The first visit is right 1 time
+in 4. We measured how often each of the other five is right:
 
     the imitator acts alone:                  1/4 x (1/230)^5 = 1 in 2,600,000,000,000 episodes
     random *codes* steer the same imitator:   1/4 x (1/5)^5   = 1 in 12,500 episodes
@@ -25,8 +25,8 @@ in the trajectories of the experts. This takes three phases, in the order of thi
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
        encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. It
-       proposes codes. A *gate* sees residuals up to now. It decides when a proposed code replaces the code in force.
-       The code becomes a matrix U_t, which acts between the blocks.
+       proposes codes. A *gate* sees the residuals up to now and the code in force. It decides when a proposal
+       replaces that code. The code becomes a matrix U_t, which acts between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
@@ -94,7 +94,7 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-# Other names for int and float. Flags are read by them: each has the least and the most that a flag may say.
+# Other names for int and float. The name says which values a flag may have: the least and the most.
 Many = Count = Natural = int
 Chance = Weight = Rate = Bias = float
 BOUNDS = {
@@ -128,11 +128,11 @@ class Config:
     fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
-    # phase 2, and the check: one controller for each true subgoal, switched by hand
+    # phase 2; and the check after phase 3: one controller for each true subgoal, switched by hand
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0625  # departure: for this share of phase 2 the KL costs nothing, then for as long ever more
+    free: Chance = 0.0625  # departure: the KL is free for this share of phase 2, then its price rises as long
     blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
@@ -367,7 +367,7 @@ class Metacontroller(nn.Module):
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
-        backwards = (last[:, None] - steps).clamp_min(0)  # from the last row to the first; what follows means nothing
+        backwards = (last[:, None] - steps).clamp_min(0)  # from the last row to the first, then row 0 again
         from_the_end = self.embedder(x[rows[:, None], backwards])[0]
         summary = from_the_end[rows, last]  # (B, H): it has read back to the start
         summary = summary[:, None].expand(-1, x.shape[1], -1)
@@ -385,8 +385,9 @@ class Metacontroller(nn.Module):
             gate          1     0     0     1    .5     0      1: adopt the proposal, 0: keep the code
             code         10    10    10    40    45    45
 
-        In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it
-        acts *hard*, as in phase 3: a code is replaced as a whole where the gate is above the threshold, or not at all.
+        In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
+        *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. Measurements use
+        that. In phase 3 there is no whole episode to read; there `CodePilot` does the same, one step at a time.
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
         """
@@ -403,7 +404,7 @@ class Metacontroller(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
 
     def control(self, residual, code):
-        """Steer: (B, T, D), (B, T, Z) -> (B, T, D). The weights w are [decoder(z), 1]; the 1 is there for any code."""
+        """Steer: (B, T, D), (B, T, Z) -> (B, T, D). Weights w = [decoder(z), 1]: all codes share the last pair."""
         weight = F.pad(self.decoder(code), (0, 1), value=1.0)
         return self.controller(residual, weight)
 
@@ -422,13 +423,15 @@ def code_kl(mean, log_std):
 # In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. For this
 # it must work out two things: which goal an expert pursues, from its moves so far, and how to get there.
 #
-# Each phase is a function of a `run` and of the models of earlier phases. A run holds `config`, `world` and `device`.
+# Each phase is a function of a `run` and of the models of earlier phases. A run holds `config`, `world` and `device`
+# (class `Run` is near the end of the file).
 # `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log` shows progress, `run.tensor` turns a
 # numpy array into a tensor. So a phase depends on nothing but config, seed and the phases before.
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. Many
 # episodes begin on a colour. So the model learns what to do on cells where no expert passes, to which a controller may
-# lead it. And it knows first steps on a colour, which is what a blind step after a visit looks like.
+# lead it. To a blind base every step looks like the first of an episode. After a visit it stands on a colour. That is
+# why episodes must begin there, too.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -479,11 +482,11 @@ def pretrain(run: Run) -> BaseModel:
 # expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
 # the goal, once, when it changes.
 #
-# Why does the gate open there, and stay shut at other steps? Every proposal pays its KL, whether the gate adopts it or
-# not. With the gate always open, the encoder would have to repeat the goal, and pay for it, at each step. With the
-# gate shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt noise would
-# destroy the code in force, so the gate learns to stay shut there. It finds the right moment in the residual: the
-# agent has just arrived on a colour.
+# Why does the gate open where the goal changes, and stay shut at other steps? Every proposal pays its KL, whether the
+# gate adopts it or not. With the gate always open, the encoder would have to repeat the goal, and pay for it, at each
+# step. With the gate shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt
+# noise would destroy the code in force, so the gate learns to stay shut at those steps. It finds the right moment in
+# the residual: the agent has just arrived on a colour.
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -492,12 +495,15 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             steps with an open gate
 #
+# Gate and policy see a step through its residual. Where the base has memory, that residual tells of earlier steps, too.
+#
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. The copy shows which colour is visited when, but no directions and no places.
-# 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. Then a code
-#    would only say which of the two, and could never mean 1. A blind base must be told the goal itself. Later, ever
-#    more episodes are read with memory, so that the controllers learn to steer the base as it is in phase 3.
+# 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
+#    little left to tell, so with memory from the start no code forms (`--blind 0`). And a code that says which of the
+#    two could never mean 1. A blind base must be told the goal itself. Later, ever more episodes are read with memory,
+#    so that the controllers learn to steer the base as it is in phase 3. The codes keep their meaning meanwhile.
 # The gate remembers by itself, also where the base is blind. The ant's base stays blind to the end, in phase 3, too.
 # ----------------------------------------------------------------------------------------------------
 
@@ -524,13 +530,14 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
-    Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks read the encoder's copy blind,
-    all through phase 2 (unless `blind` is 0). Only the encoder's own networks connect the steps of the copy.
+    Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
+    blind (unless `blind` is 0), also when they read the episode itself with memory. Only the encoder's own networks
+    connect the steps of the copy.
     """
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     row, step = np.nonzero(is_entry)  # all entries, episode by episode
-    number = (is_entry.cumsum(axis=1) - 1)[is_entry]  # the how many-th entry of its episode each one is
+    number = (is_entry.cumsum(axis=1) - 1)[is_entry]  # the index of each entry in its episode
     count = is_entry.sum(axis=1)
     # The encoder reads the entries, one after the other, and the last observation, which shows the last visit.
     read = np.tile(episodes.lengths[:, None], count.max() + 1)
@@ -598,8 +605,9 @@ class Pilot:
 
 
 class CodePilot(Pilot):
-    """The metacontroller without its encoder (Alg. 1). Where the gate opens, and at the first step,
-    choose(residual (B, D), rows (B,)) -> code (B, Z) gives a new code; else the code is held."""
+    """The metacontroller without its encoder (paper: Alg. 1). At the first step, and where the gate opens, `choose`
+    gives a new code. At all other steps the code is held. choose(residual (B, D), rows (B,)) -> code (B, Z).
+    """
 
     def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
@@ -680,7 +688,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
 #     reward                               1      one, at the very end
 #
-# The policy's recurrent state advances at its decisions alone, and it sees only the residuals of those steps. Nobody
+# The policy's recurrent state advances at its decisions alone, and it gets only the residuals of those steps. Nobody
 # tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
 # begin. Six decisions share the credit for a success, not some twenty moves.
 # ----------------------------------------------------------------------------------------------------
