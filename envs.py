@@ -134,8 +134,7 @@ class World:
     def scattered(self, count: int, rng) -> Batch:
         """`count` episodes on one layout, each from any free cell; visits end nothing."""
         layout, tasks, _ = solvable_layouts(self, [self.rl_task], 1, rng)
-        *layout, tasks = (np.repeat(part, count, axis=0) for part in (*layout, tasks))
-        batch = self.start(Layout(*layout), tasks, rng, roam=True)
+        batch = self.start(layout.repeat(count, axis=0), tasks.repeat(count, axis=0), rng, roam=True)
         batch.place(batch.rows, one_of(batch.content < 0, rng))
         return batch
 
@@ -181,7 +180,7 @@ class World:
         """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
         layout, tasks, field = solvable_layouts(self, tasks, count, rng)
         batch, alive = self.start(layout, tasks, rng), np.arange(count)
-        batch.jump(0.5 * (jumps > 0), field, alive, layout.colours)
+        batch.jump(0.5 * (jumps > 0), field, alive, layout[:, : self.colours])
         seen, target, successes = batch.observe(), None, 0
         obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
         goal, length = np.full((count, self.limit), -1), np.zeros(count, dtype=int)
@@ -205,20 +204,11 @@ class World:
         return Episodes(obs, target, goal, goal >= 0), successes
 
 
-class Layout(NamedTuple):
-    """Where everything lies at the start of B episodes (cells)."""
-
-    colours: np.ndarray  # (B, O)
-    walls: np.ndarray  # (B, W)
-    agent: np.ndarray  # (B,)
-
-
-def sample_layouts(world: World, count: int, rng: np.random.Generator) -> Layout:
-    """`count` layouts: colours, walls and agent on distinct cells, uniformly."""
+def sample_layouts(world: World, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` layouts, (count, O + W + 1): cells of colours, walls and agent, all different, uniformly."""
     keys = rng.random((count, world.size**2), dtype=np.float32)
     cells = np.argpartition(keys, world.objects - 1, axis=1)[:, : world.objects]
-    cells = rng.permuted(cells, axis=1)  # argpartition's own order is not uniform
-    return Layout(cells[:, : world.colours], cells[:, world.colours : -1], cells[:, -1])
+    return rng.permuted(cells, axis=1)  # argpartition's own order is not uniform
 
 
 def pad_tasks(tasks) -> np.ndarray:
@@ -232,16 +222,14 @@ def pad_tasks(tasks) -> np.ndarray:
 class Batch:
     """B episodes that step together, by the rules of pinpad. Finished ones are dropped with `select`.
 
-    layout: B start layouts. tasks: what `pad_tasks` makes of B tasks. rng: all chance there is. roam: visits neither
-    count nor end anything (to see where a policy goes). Subclasses move the agent, in `step`, and show it, in
-    `observe`.
-    """
+    layout: what `sample_layouts` draws. tasks: what `pad_tasks` makes of B tasks. rng: all chance there is. roam:
+    visits neither count nor end anything (to see where a policy goes). Subclasses move the agent, in `step`, and show
+    it, in `observe`."""
 
-    def __init__(self, world: World, layout: Layout, tasks: np.ndarray, rng: np.random.Generator, roam=False):
+    def __init__(self, world: World, layout: np.ndarray, tasks: np.ndarray, rng: np.random.Generator, roam=False):
         self.world, self.tasks, self.rng, self.roam = world, tasks, rng, roam
-        self.cell = layout.agent.copy()  # of the agent
+        self.things, self.cell = layout[:, :-1], layout[:, -1].copy()  # cells, (B, O + W); that of the agent, (B,)
         B = len(self.cell)
-        self.things = np.concatenate([layout.colours, layout.walls], axis=1)  # cells, (B, O + W)
         # What lies on each cell: colour 0..O-1, wall O..O+W-1, nothing -1.
         self.content = np.full((B, world.size**2), -1)
         np.put_along_axis(self.content, self.things, np.arange(self.things.shape[1])[None], axis=1)
@@ -273,8 +261,7 @@ class Batch:
         """The rules, for agents that are now on `cell` (B,) -> visited colour or -1 (B,), reward (B,), done (B,).
 
         A colour is visited by moving onto it from another cell. An episode ends when the task is solved (reward 1),
-        when a wrong colour is visited, where it `failed`, and after `limit` steps.
-        """
+        when a wrong colour is visited, where it `failed`, and after `limit` steps."""
         content = np.where(cell != self.cell, self.content[self.rows, cell], -1)
         visited = np.where(content < self.world.colours, content, -1)
         self.cell = cell
@@ -291,8 +278,7 @@ class Batch:
         """With this chance (a number or (B,)) an agent goes on from another cell, which is no visit.
 
         The new cell is one of `cells` (B, K), or any free one; it is not the goal, which can be reached from it.
-        field (., O, G*G): distances; alive (B,): each episode's row of it.
-        """
+        field (., O, G*G): distances; alive (B,): each episode's row of it."""
         chosen = np.flatnonzero(self.rng.random(len(self)) < chance)
         if cells is None:
             cell = one_of(self.content[chosen] < 0, self.rng)
@@ -341,27 +327,24 @@ def neighbour_table(size: int) -> np.ndarray:
     return np.stack(table, axis=1)
 
 
-def distance_fields(world: World, layout: Layout) -> np.ndarray:
+def distance_fields(world: World, layout: np.ndarray) -> np.ndarray:
     """Steps from every cell to every colour, walls and the *other* colours being obstacles.
 
     Returns (B, O, G*G) int8, FAR where there is no path. Relaxation: d = min(d, 1 + min over neighbours),
-    all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest.
-    """
-    B, G, O = len(layout.agent), world.size, world.colours
+    all fields at once, with a border of FAR around the grid and the batch last, where numpy is fastest."""
+    B, G, O = len(layout), world.size, world.colours
     field = np.full((G + 2, G + 2, O, B), FAR, dtype=np.int8)
     inner, least = field[1:-1, 1:-1], np.zeros((G, G, O, B), dtype=np.int8)  # least: FAR on obstacles
-    places = [(*np.divmod(cell, G), np.arange(B)) for cell in (*layout.colours.T, *layout.walls.T)]
+    places = [(*np.divmod(cell, G), np.arange(B)) for cell in layout[:, :-1].T]
     for row, column, episode in places:
         least[row, column, :, episode] = FAR
     for colour, (row, column, episode) in enumerate(places[:O]):
         least[row, column, colour, episode] = inner[row, column, colour, episode] = 0
+    neighbours = field[:-2, 1:-1], field[2:, 1:-1], field[1:-1, :-2], field[1:-1, 2:]
     while True:
-        best = np.minimum(field[:-2, 1:-1], field[2:, 1:-1])
-        np.minimum(best, field[1:-1, :-2], out=best)
-        np.minimum(best, field[1:-1, 2:], out=best)
+        best = functools.reduce(np.minimum, neighbours)
         best += best < FAR
-        np.minimum(best, inner, out=best)
-        np.maximum(best, least, out=best)
+        best = np.maximum(np.minimum(best, inner), least)
         if np.array_equal(best, inner):
             return np.ascontiguousarray(inner.transpose(3, 2, 0, 1)).reshape(B, O, G * G)
         inner[...] = best
@@ -374,14 +357,14 @@ def shortest_actions(field: np.ndarray, rows, target, agent) -> np.ndarray:
     return (reach == reach.min(axis=1, keepdims=True)) & (reach < FAR) & (neighbour != agent[:, None])
 
 
-def solvable(field: np.ndarray, layout: Layout, tasks: np.ndarray) -> np.ndarray:
+def solvable(field: np.ndarray, layout: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     """Whether every leg of the task has a path that avoids walls and wrong colours, (B,)."""
-    rows, start = np.arange(len(tasks)), layout.agent
+    rows, start = np.arange(len(tasks)), layout[:, -1]
     ok = np.ones(len(tasks), dtype=bool)
     for goal in tasks[:, :-1].T:
         # The start may itself be a coloured cell, an obstacle of this field: ask for a way out of it.
         ok &= (goal < 0) | shortest_actions(field, rows, goal, start).any(axis=1)
-        start = layout.colours[rows, goal]  # means nothing where the task is over, and no longer matters there
+        start = layout[rows, goal]  # means nothing where the task is over, and no longer matters there
     return ok
 
 
@@ -389,22 +372,20 @@ def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
     """`count` random solvable (layout, task) pairs, by rejection.
 
     Returns layout, tasks as of `pad_tasks`, distance fields. Given the layout, the task is then uniform over the tasks
-    that can be solved on it, which is the prior of `bayes_predictor`.
-    """
+    that can be solved on it, which is the prior of `bayes_predictor`."""
     padded = pad_tasks(tasks)
     parts, drawn, kept = [], 0, 0
     while kept < count:
         if drawn > 10_000 and not kept:
             raise ValueError(f"no solvable layout in {drawn} draws: fewer walls or colours, or a larger size")
         layout = sample_layouts(world, max(64, int(1.25 * (count - kept))), rng)
-        index = rng.integers(len(tasks), size=len(layout.agent))
+        index = rng.integers(len(tasks), size=len(layout))
         field = distance_fields(world, layout)
         ok = np.flatnonzero(solvable(field, layout, padded[index]))
         drawn += len(index)
         kept += len(ok)
-        parts.append([part[ok] for part in (*layout, padded[index], field)])
-    *layout, tasks, field = (np.concatenate(column)[:count] for column in zip(*parts))
-    return Layout(*layout), tasks, field
+        parts.append((layout[ok], padded[index[ok]], field[ok]))
+    return [np.concatenate(column)[:count] for column in zip(*parts)]
 
 
 def one_of(allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -445,7 +426,7 @@ class GridWorld(World):
     def spaces(self):
         return gym.spaces.Discrete(4), gym.spaces.Box(0.0, 1.0, (self.size**2 * self.objects,), np.float32)
 
-    def start(self, layout: Layout, tasks, rng, roam=False) -> GridBatch:
+    def start(self, layout, tasks, rng, roam=False) -> GridBatch:
         return GridBatch(self, layout, tasks, rng, roam)
 
     def expert(self, batch: GridBatch, field, alive, rng):
@@ -472,12 +453,10 @@ def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
     """The best possible next-action probabilities given the observations so far, (N, T, 4).
 
     The task is hidden; p(task | o_1:t) is proportional to p(o_1:t | task), the expert's likelihood of the moves so
-    far, over the tasks that can be solved on this layout. For episodes without jumps.
-    """
+    far, over the tasks that can be solved on this layout. For episodes without jumps."""
     tasks = pad_tasks(world.pretrain_tasks)
     (N, T), K = episodes.mask.shape, len(tasks)
-    first, agent = episodes.obs[:, 0], episodes.obs[..., -1]
-    layout = Layout(first[:, : world.colours], first[:, world.colours : -1], first[:, -1])
+    layout, agent = episodes.obs[:, 0], episodes.obs[..., -1]  # what is observed is a layout
     field = distance_fields(world, layout)
     posterior = np.stack([solvable(field, layout, np.tile(task, (N, 1))) for task in tasks], axis=1).astype(float)
     rows, stage = np.repeat(np.arange(N), K), np.zeros(N, dtype=np.int64)
@@ -540,10 +519,9 @@ class AntBatch(Batch):
     """B episodes of ant pinpad that step together.
 
     Starts, which rng draws, and ends are those that `PinpadEnv` describes; a torque that is not finite is an end, too.
-    `roam` keeps these ends. Lying upside down ends nothing, as the height does not show it (see `upright`).
-    """
+    `roam` keeps these ends. Lying upside down ends nothing, as the height does not show it (see `upright`)."""
 
-    def __init__(self, world: AntWorld, layout: Layout, tasks, rng: np.random.Generator, roam=False):
+    def __init__(self, world: AntWorld, layout, tasks, rng: np.random.Generator, roam=False):
         super().__init__(world, layout, tasks, rng, roam)
         B = len(self)
         self.state = self._standing(self.cell)  # (B, 30)
@@ -613,8 +591,7 @@ def trot(state: np.ndarray, direction: np.ndarray) -> np.ndarray:
     The phase is read from the ankles: theta = atan2(-sum, -rate of the sum / w0) + delta over the alternating sum
     of their angles. Each leg swings along the direction and lifts in the other half of its turn:
     hip -> -A cos(theta) tangential, ankle -> 1 - L sin(theta) + B cos(theta) radial, by a PD controller.
-    The numbers were searched for and have sharp edges (kp 1.6 instead of 1.1 halves the success).
-    """
+    The numbers were searched for and have sharp edges (kp 1.6 instead of 1.1 halves the success)."""
     A, B, L, kp, kd, delta, w0 = 0.20, 0.35, 0.24, 1.1, 0.135, 2.45, 15.0
     hip, ankle = state[:, JOINTS].reshape(-1, 4, 2).transpose(2, 0, 1)  # (B, 4), legs 1 to 4
     hip_rate, ankle_rate = state[:, JOINT_RATES].reshape(-1, 4, 2).transpose(2, 0, 1)
@@ -633,8 +610,7 @@ def ant_direction(batch: AntBatch, field: np.ndarray, rows: np.ndarray) -> np.nd
     """Where the expert walks, (B,) in radians: to the centre of the next cell on a shortest path; field (., O, G*G).
 
     Of several always the same one, so that the torques follow from place and goal; where there is no way, to that of
-    its own cell. rows (B,): each episode's row of the field.
-    """
+    its own cell. rows (B,): each episode's row of the field."""
     best = shortest_actions(field, rows, batch.goal(), batch.cell)
     step = neighbour_table(batch.world.size)[batch.cell, best.argmax(axis=1)]
     target = batch.world.centres[np.where(best.any(axis=1), step, batch.cell)]
@@ -651,14 +627,10 @@ def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
 
     256 ants trot on an empty plane, with torque noise of this deviation, in a direction that drifts and every 20th
     step turns by a quarter or a half; every 4th step is kept, also those in which an ant has just begun to turn.
-    Each ant starts anew after 200 steps on average, or when it has fallen. The same for every seed.
-    """
+    Each ant starts anew after 200 steps on average, or when it has fallen. The same for every seed."""
     rng, world = np.random.default_rng(10**9), WORLDS["ant"]
-    layout = sample_layouts(world, 256, rng)
-
-    def start() -> AntBatch:
-        return AntBatch(world, layout, pad_tasks([world.rl_task] * 256), rng)
-
+    layout, tasks = sample_layouts(world, 256, rng), pad_tasks([world.rl_task] * 256)
+    start = lambda: world.start(layout, tasks, rng)
     batch, kept, made, t = start(), [], 0, 0
     direction = rng.uniform(-np.pi, np.pi, 256)
     while made < count:
@@ -695,8 +667,7 @@ class SplicedBatch(AntBatch):
     Between two decisions the ant moves on its way, a little or most of a cell; how its body moves then is one of
     `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is drawn at
     random, so it carries no hint about the goal. Without this the model copies its current velocity and ignores the
-    goal (imitation learning's copycat problem).
-    """
+    goal (imitation learning's copycat problem)."""
 
     def step(self, way: np.ndarray):
         """Where each ant walks, (B,) in radians -> visited colour or -1 (B,), reward (B,), done (B,)."""
@@ -756,7 +727,7 @@ class AntWorld(World):
         column, row = np.clip((self.half + xy * (1, -1)) // CELL, 0, self.size - 1).astype(np.int64).T
         return row * self.size + column
 
-    def start(self, layout: Layout, tasks, rng, roam=False) -> AntBatch:
+    def start(self, layout, tasks, rng, roam=False) -> AntBatch:
         return (SplicedBatch if self.spliced else AntBatch)(self, layout, tasks, rng, roam)
 
     def expert(self, batch: AntBatch, field, alive, rng):
@@ -790,8 +761,7 @@ class AntWorld(World):
     def own_frame(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cells, (..., O + W + 1), and the body as the ant feels it, (..., BODY): height, tilt, joints, rates. Then,
         in the frame of the torso: velocity (symlog), place in the cell, and the directions of the centres of the cells
-        above, below, left and right. These directions are the terms in which the scripted expert thinks.
-        """
+        above, below, left and right. These directions are the terms in which the scripted expert thinks."""
         height, orientation, joints, velocity, _, _, local = (obs[..., part] for part in self.parts.values())
         quaternion = np.sign(orientation) * np.expm1(np.abs(orientation))
         w, x, y, z = np.moveaxis(quaternion, -1, 0)
@@ -881,8 +851,7 @@ class PinpadEnv(gym.Env):
     or higher than 1.0 m, and when the simulation diverges. Never truncates.
 
     ## Arguments
-    render_mode ("ansi" or "rgb_array"), task (a sequence of colours), size, colours, walls, limit.
-    """
+    render_mode ("ansi" or "rgb_array"), task (a sequence of colours), size, colours, walls, limit."""
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 

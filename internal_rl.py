@@ -8,11 +8,11 @@
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
 and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
 model was trained to imitate experts. Each expert's episode has three visits, in one of 16 orders. None goes from 0 to
-1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? The first visit is right 1 time
-in 4. We measured how often each of the other five is right:
+1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the
+six visits is right, if those before it were:
 
-    the imitator acts alone:                  1/4 x (1/230)^5 = 1 in 2,600,000,000,000 episodes
-    random *codes* steer the same imitator:   1/4 x (1/5)^5   = 1 in 12,500 episodes
+    the imitator acts alone:                  .25 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 29,000,000,000 episodes
+    random *codes* steer the same imitator:   .27 x .22 x .18 x .17 x .16 x .29         = 1 in 12,500 episodes
 
 So RL on raw actions, which starts from the imitator, sees no reward and learns nothing. RL on codes sees some. A code
 is a few numbers that make the imitator walk to one colour. Nobody tells the model which codes there are: it finds them
@@ -54,13 +54,12 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     proposal          z~_t     (B, T, Z)    sample of that Gaussian                                    App. D.2
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code, .5 mixes them     Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
-    controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 3
+    controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 1
     kl_weight         alpha    scalar       price of one nat of code; 1 nat is 1.44 bits               Eq. 3
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
 subgoals serve measurements alone. The *RL task* is longer than all that experts were seen to do, and no two of its
-subgoals in a row ever followed each other in their trajectories. What differs from the paper is marked "departure" in
-`Config`.
+subgoals in a row ever followed each other in theirs. What differs from the paper is marked "departure" in `Config`.
 """
 
 from __future__ import annotations
@@ -101,12 +100,13 @@ BOUNDS = {
     "Many": (16, 10**12), "Count": (1, 10**12), "Natural": (0, 10**12),
     "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6), "Bias": (-20, 20),
 }  # fmt: skip
-CHOICES = {"world": envs.WORLDS}
+CHOICES = {"world": envs.WORLDS, "bool": ("true", "false")}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Comments: meaning (source); the defaults are the preset `classroom`."""
+    """Everything that decides a run. Comments: meaning (source); the defaults are the preset `classroom`. The paper's
+    values are those of its grid; where its ant has others, `PRESETS` has them."""
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
@@ -114,13 +114,12 @@ class Config:
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
-    heads: Count = 4  # attention heads (paper)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
     swiglu: bool = True  # departure: gated MLPs instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
-    memory: bool = True  # false: the base sees each step alone, in all phases
+    blind_blocks: Natural = 0  # departure: this many of the first blocks see each step alone, in all phases
     # phase 1: pretrain
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
@@ -134,10 +133,11 @@ class Config:
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
     free: Chance = 0.0625  # departure: the KL is free for this share of phase 2, then its price rises as long
     blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
+    forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
-    encoder_hidden: Count = 64  # hidden units of encoder and gate; the decoder has half as many (paper)
+    encoder_hidden: Count = 64  # hidden units of encoder and gate; half of it in the decoder (paper; gate: not given)
     code_dim: Count = 8  # Z (paper: n_z)
     gate_bias: Bias = 0.0  # at first; -4: the gate begins nearly shut (paper: not given)
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
@@ -167,7 +167,7 @@ class Config:
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for.
+# episode began at this step. Phase 2 says what this is good for. There memory can also fade in part.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -177,13 +177,12 @@ class Config:
 class Attention(nn.Module):
     """Causal multi-head attention with a learned bias for each distance in time, as in T5."""
 
-    BUCKETS, FARTHEST = 32, 128
+    HEADS, BUCKETS, FARTHEST = 4, 32, 128  # (paper)
 
     def __init__(self, c: Config):
         super().__init__()
-        self.heads = c.heads
         self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
-        self.bias = nn.Parameter(torch.zeros(c.heads, self.BUCKETS))
+        self.bias = nn.Parameter(torch.zeros(self.HEADS, self.BUCKETS))
         self.out = nn.Linear(c.dim, c.dim, bias=False)
 
     def bucket(self, distance):
@@ -193,32 +192,37 @@ class Attention(nn.Module):
         coarse = exact + (ratio * (self.BUCKETS - exact)).long()
         return torch.where(distance < exact, distance, coarse.clamp(max=self.BUCKETS - 1))
 
-    def added_to_scores(self, T, S, blind):
-        """For the last T of S steps: the bias of their distance to each step, -inf where they must not look."""
+    def added_to_scores(self, T, S, faded):
+        """For the last T of S steps: the bias of their distance to each step, less what has faded; -inf ahead."""
         steps = torch.arange(S, device=self.bias.device)
         distance = steps[S - T :, None] - steps  # (T, S)
-        added = self.bias[:, self.bucket(distance.clamp_min(0))]  # (heads, T, S)
-        added = added.masked_fill(distance < 0, -torch.inf)[None]  # no step looks ahead
-        if blind is not None:  # a step of a blind episode does not look back either
-            added = added.masked_fill(blind[:, None, None, None] & (distance > 0), -torch.inf)
-        return added
+        added = self.bias[:, self.bucket(distance.clamp_min(0))][None]  # (1, HEADS, T, S)
+        if faded is not None:
+            added = added + (faded[:, S - T :, None] - faded[:, None])[:, None]
+        return added.masked_fill(distance < 0, -torch.inf)  # no step looks ahead
 
-    def forward(self, x, blind=None, past=None):
-        """x (B, T, D), blind (B,) bool or None, past: keys and values of earlier steps -> y (B, T, D), past."""
+    def forward(self, x, faded=None, past=None):
+        """x (B, T, D), past: keys and values of earlier steps -> y (B, T, D), past.
+
+        faded (B, S), for all S steps up to now: of step s, step t has the share exp(faded_t - faded_s). None: all."""
         B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, heads, T, .)
+        qkv = self.qkv(x).view(B, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)  # (3, B, HEADS, T, .)
         queries, new = qkv[0], qkv[1:]
         past = new if past is None else torch.cat([past, new], dim=3)
-        added = self.added_to_scores(T, past.shape[3], blind)
+        added = self.added_to_scores(T, past.shape[3], faded)
         y = F.scaled_dot_product_attention(queries, *past, attn_mask=added)
         return self.out(y.transpose(1, 2).reshape(B, T, D)), past
+
+
+def each_alone(x):
+    """x (B, T, ...) -> `faded` (B, T) of steps that remember nothing but themselves."""
+    return -1e4 * torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
 class MLP(nn.Module):
     """ReLU MLP as in the paper, or SwiGLU: a product of two layers, one of them through a SiLU.
 
-    A product helps, because the base must multiply "which goal" by "where it lies".
-    """
+    A product helps, because the base must multiply "which goal" by "where it lies"."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -233,16 +237,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)). A blind one reads all episodes blind."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, blind: bool):
         super().__init__()
+        self.blind = blind
         self.attention_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
         self.attention = Attention(c)
         self.mlp = MLP(c)
 
-    def forward(self, x, blind=None, past=None):
-        y, past = self.attention(self.attention_norm(x), blind, past)
+    def forward(self, x, faded=None, past=None):
+        if self.blind:
+            faded, past = each_alone(x), None
+        y, past = self.attention(self.attention_norm(x), faded, past)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), past
 
@@ -250,15 +257,14 @@ class Block(nn.Module):
 class BaseModel(nn.Module):
     """The sequence model that is pretrained, then frozen. A controller may act between `lower` and `upper`.
 
-    Its embedding and its head depend on the kind of world; both come after the method ("What the method rests on").
-    """
+    Its embedding and its head depend on the kind of world; both come after the method ("What the method rests on")."""
 
     def __init__(self, c: Config):
         super().__init__()
         world = envs.WORLDS[c.world]
-        self.control_block, self.memory = c.control_block, c.memory
+        self.control_block = c.control_block
         self.embed = EMBEDDINGS[world.kind](c, world)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c, blind=i < c.blind_blocks) for i in range(c.layers))
         self.norm = nn.RMSNorm(c.dim)
         self.head = HEADS[world.kind](c, world)
         for module in self.modules():
@@ -267,23 +273,21 @@ class BaseModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def run_blocks(self, blocks, x, blind, past):
+    def run_blocks(self, blocks, x, faded, past):
         """x (B, T, D), past: one entry for each block, or None at the start -> x (B, T, D), past."""
-        if not self.memory:
-            blind, past = torch.ones(len(x), dtype=torch.bool, device=x.device), None
         after = []
         for block, before in zip(blocks, past or [None] * len(blocks)):
-            x, left_behind = block(x, blind, before)
+            x, left_behind = block(x, faded, before)
             after.append(left_behind)
         return x, after
 
-    def lower(self, obs, blind=None, past=None):
+    def lower(self, obs, faded=None, past=None):
         """Observations (B, T, F) -> residual (B, T, D), past."""
-        return self.run_blocks(self.blocks[: self.control_block], self.embed(obs), blind, past)
+        return self.run_blocks(self.blocks[: self.control_block], self.embed(obs), faded, past)
 
-    def upper(self, residual, blind=None, past=None):
+    def upper(self, residual, faded=None, past=None):
         """residual (B, T, D) -> features (B, T, D), past. The head turns features into a distribution of actions."""
-        x, past = self.run_blocks(self.blocks[self.control_block :], residual, blind, past)
+        x, past = self.run_blocks(self.blocks[self.control_block :], residual, faded, past)
         return self.norm(x), past
 
     def forward(self, obs):
@@ -299,8 +303,7 @@ class BaseModel(nn.Module):
 # Codes are held: a gate decides when the next one begins.
 #
 # While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
-# phase 3 a policy proposes them. The gate is causal: it reads the residuals so far and the code in force. So phase 3
-# can use it, too.
+# phase 3 a policy proposes them. The gate sees no future, so phase 3 can use it, too.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -314,8 +317,7 @@ class Controller(nn.Module):
         U e    = out(w)^T ( inn(w) e )
 
     U e is computed from right to left, so no D x D matrix is built. The control is linear in e. It is not linear in w
-    or in the code, because both factors depend on w.
-    """
+    or in the code, because both factors depend on w."""
 
     def __init__(self, c: Config, M: int):
         super().__init__()
@@ -337,8 +339,7 @@ class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
     Encoder and gate each keep a history of what they read, by the same recurrent network, the GRU `history`. A second
-    GRU, `embedder`, makes the encoder's summary.
-    """
+    GRU, `embedder`, makes the encoder's summary."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -362,8 +363,7 @@ class Metacontroller(nn.Module):
         """Gaussians of the proposals: residual (B, N, D) at the N steps that are read -> mean, log_std (B, N, Z).
 
         The encoder reads the residual at the step, the history before it, and a summary of the whole episode. Row
-        `last` (B,) is the last one of an episode; rows after it are padding.
-        """
+        `last` (B,) is the last one of an episode; rows after it are padding."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -389,8 +389,7 @@ class Metacontroller(nn.Module):
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. Measurements use
         that. In phase 3 there is no whole episode to read; there `CodePilot` does the same, one step at a time.
 
-        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T).
-        """
+        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T)."""
         history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
         code = proposal[:, 0]
@@ -412,8 +411,7 @@ class Metacontroller(nn.Module):
 def code_kl(mean, log_std):
     """KL( N(mean, std^2) || N(0, I) ) in nats, (B, T, Z) -> (B, T): what a proposal tells beyond pure noise.
 
-    N(0, I) is the *prior*: what a code looks like when nobody has said anything. A proposal equal to it costs nothing.
-    """
+    N(0, I) is the *prior*: what a code looks like when nobody has said anything. A proposal equal to it is free."""
     return 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
 
 
@@ -423,10 +421,9 @@ def code_kl(mean, log_std):
 # In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. For this
 # it must work out two things: which goal an expert pursues, from its moves so far, and how to get there.
 #
-# Each phase is a function of a `run` and of the models of earlier phases. A run holds `config`, `world` and `device`
-# (class `Run` is near the end of the file).
-# `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log` shows progress, `run.tensor` turns a
-# numpy array into a tensor. So a phase depends on nothing but config, seed and the phases before.
+# Each phase is a function of a `run` and of the models of earlier phases. A run (`Run`, near the end of the file)
+# holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
+# shows progress, `run.tensor` turns a numpy array into a tensor. A phase depends on config, seed and earlier phases.
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. Many
 # episodes begin on a colour. So the model learns what to do on cells where no expert passes, to which a controller may
@@ -486,7 +483,8 @@ def pretrain(run: Run) -> BaseModel:
 # gate adopts it or not. With the gate always open, the encoder would have to repeat the goal, and pay for it, at each
 # step. With the gate shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt
 # noise would destroy the code in force, so the gate learns to stay shut at those steps. It finds the right moment in
-# the residual: the agent has just arrived on a colour.
+# the residual: the agent has just arrived on a colour. (The price is not all: the gate of the small grid opens there
+# even if codes are free, `--kl_weight 0`. It is also easier to hold a code than to say it again.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -495,16 +493,19 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             steps with an open gate
 #
-# Gate and policy see a step through its residual. Where the base has memory, that residual tells of earlier steps, too.
+# Gate and policy see a step through its residual. Where the base has memory, that tells of earlier steps, too.
 #
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. The copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
-#    little left to tell, so with memory from the start no code forms (`--blind 0`). And a code that says which of the
-#    two could never mean 1. A blind base must be told the goal itself. Later, ever more episodes are read with memory,
-#    so that the controllers learn to steer the base as it is in phase 3. The codes keep their meaning meanwhile.
-# The gate remembers by itself, also where the base is blind. The ant's base stays blind to the end, in phase 3, too.
+#    little left to tell, and a code that says which of the two could never mean 1. A blind base must be told the goal
+#    itself. Later, ever more episodes are read with memory, so that controllers learn to steer the base as it is in
+#    phase 3. The codes keep their meaning meanwhile. The ant's base stays blind to the end, in phase 3, too.
+#
+# On the paper's grid a subgoal is a pair of colours. A blind base cannot know whether it was at the first already. And
+# a base that remembers everything overrules the code: after 0-1 it goes on as experts do. So with `forget` the base
+# forgets when the gate opens. It remembers the present subgoal alone, in phase 3, too.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -519,11 +520,21 @@ def kl_charge(c: Config, progress: float) -> float:
     return ramp(progress, c.free, 2 * c.free)
 
 
-def draw_blind(run: Run, count: int, progress: float):
-    """Which of `count` episodes are read blind, (count,) bool or None if none is. With `blind` .5 all are until half
-    of phase 2 is done, then ever fewer, and none from three quarters on."""
+def draw_blind(run: Run, obs, progress: float):
+    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .5 all are until
+    half of phase 2 is done, then ever fewer, and none from three quarters on."""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
-    return torch.rand(count, device=run.device) < share if share else None
+    if not share:
+        return torch.zeros(obs.shape[:2], device=run.device)
+    blind = torch.rand(len(obs), device=run.device) < share
+    return torch.where(blind[:, None], each_alone(obs), 0.0)
+
+
+def forget_at(gate):
+    """`faded` (B, T) of steps that forget what came before the last opening of the gate (B, T), and the step of the
+    opening itself. A gate that is half open forgets by half, and next to nothing is left after one that is open."""
+    kept = (1 - gate) * (1 - shift_right(gate))
+    return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
 
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
@@ -531,23 +542,20 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
     Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
-    blind (unless `blind` is 0), also when they read the episode itself with memory. Only the encoder's own networks
-    connect the steps of the copy.
-    """
+    blind (unless `blind` is 0), also when they read the episode itself with memory: the encoder connects its steps."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
-    row, step = np.nonzero(is_entry)  # all entries, episode by episode
-    number = (is_entry.cumsum(axis=1) - 1)[is_entry]  # the index of each entry in its episode
     count = is_entry.sum(axis=1)
     # The encoder reads the entries, one after the other, and the last observation, which shows the last visit.
     read = np.tile(episodes.lengths[:, None], count.max() + 1)
-    read[row, number] = step
+    proposes = np.arange(count.max() + 1) < count[:, None]  # where it reads an entry
+    read[proposes] = np.nonzero(is_entry)[1]
     view = run.tensor(np.take_along_axis(view, read[..., None], axis=1))
-    blind = draw_blind(run, len(view), progress=0)  # as at the start of phase 2
-    residual, _ = base.lower(view, blind)
+    faded = draw_blind(run, view, progress=0)  # as at the start of phase 2
+    residual, _ = base.lower(view, faded)
     spoken = torch.cat(meta.encode(residual, run.tensor(count)), dim=-1)  # at entries
     gaussian = spoken.new_zeros(*is_entry.shape, spoken.shape[-1])  # at steps: mean 0, log_std 0 where nothing is said
-    gaussian[run.tensor(row), run.tensor(step)] = spoken[run.tensor(row), run.tensor(number)]
+    gaussian[run.tensor(is_entry)] = spoken[run.tensor(proposes)]
     mean, log_std = gaussian.chunk(2, dim=-1)
     return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
 
@@ -556,14 +564,15 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
     progress (0 to 1): the share of phase 2 that is done. The base is frozen, but gradients flow through its upper
-    blocks to the controller, the gate and the encoder.
-    """
+    blocks to the controller, the gate and the encoder."""
     obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
-    blind = draw_blind(run, len(obs), progress)
-    residual, _ = base.lower(obs, blind)
+    faded = draw_blind(run, obs, progress)
+    residual, _ = base.lower(obs, faded)
     proposal, kl = propose(run, base, meta, episodes, rng)
     code, gate = meta.integrate(residual, proposal)
-    features, _ = base.upper(meta.control(residual, code), blind)
+    if run.config.forget:
+        faded = faded + forget_at(gate)
+    features, _ = base.upper(meta.control(residual, code), faded)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()  # of every proposal, adopted or not
     loss = nll + kl_charge(run.config, progress) * run.config.kl_weight * kl
@@ -596,22 +605,23 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 class Pilot:
     """What steers the base while it acts. This one leaves it alone."""
 
-    blind = False  # whether the base is read blind
+    blind = forget = False  # whether the base is read blind; whether the upper blocks forget where `opened` is true
+    temperature = 1.0  # of the base's actions
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D), opened gates (B,) bool.
+        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D).
         batch: the episodes themselves; of these, codes may see nothing."""
-        return residual, torch.zeros(len(rows), dtype=torch.bool)
+        return residual
 
 
 class CodePilot(Pilot):
     """The metacontroller without its encoder (paper: Alg. 1). At the first step, and where the gate opens, `choose`
-    gives a new code. At all other steps the code is held. choose(residual (B, D), rows (B,)) -> code (B, Z).
-    """
+    gives a new code. At all other steps the code is held. choose(residual (B, D), rows (B,)) -> code (B, Z)."""
 
     def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
-        self.meta, self.choose, self.threshold, self.blind = meta, choose, c.threshold, c.blind == 1
+        self.meta, self.choose, self.threshold = meta, choose, c.threshold
+        self.blind, self.forget, self.temperature = c.blind == 1, c.forget, c.temperature
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
         self.first = True
@@ -619,54 +629,55 @@ class CodePilot(Pilot):
     def steer(self, residual, batch, rows):
         history = self.history[:, rows]
         self.gate = self.meta.gate(residual, history[0], self.code[rows])
-        opened = (self.gate > self.threshold) | self.first
+        self.opened = (self.gate > self.threshold) | self.first
         self.first = False
-        if opened.any():
-            self.code[rows[opened]] = self.choose(residual[opened], rows[opened])
+        if self.opened.any():
+            self.code[rows[self.opened]] = self.choose(residual[self.opened], rows[self.opened])
         _, self.history[:, rows] = self.meta.history(self.meta.read(residual)[:, None], history)
-        return self.meta.control(residual[:, None], self.code[rows][:, None])[:, 0], opened
+        return self.meta.control(residual[:, None], self.code[rows][:, None])[:, 0]
 
 
-class Result(NamedTuple):
-    """B finished episodes."""
+class Decisions(NamedTuple):
+    """B finished episodes of K decisions: an action at each step, or a code at each opening of the gate."""
 
-    reward: torch.Tensor  # (B,)
-    visited: np.ndarray  # (B, T) colour visited by each step, else -1
-    gate_open: np.ndarray  # (B, T)
-    mask: np.ndarray  # (B, T) steps that were lived
-    obs: torch.Tensor  # (B, T, F)
-    action: torch.Tensor  # (B, T, ...)
-    log_prob: torch.Tensor  # (B, T) of the actions
+    inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
+    chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
+    log_prob: torch.Tensor  # (B, K) when it was chosen
+    mask: torch.Tensor  # (B, K) 1 for decisions that were made
+    reward: torch.Tensor  # (B,) at the end
+
+
+def by_episode(steps: list[tuple]) -> list:
+    """What was collected step by step, sorted by episodes. A step: the numbers of the episodes that it is of (b,), at
+    first all, and parts (b, ...) -> each part as (B, T, ...), zeros in the padding, and a mask (B, T)."""
+    rows, *parts = (torch.cat(column) for column in zip(*steps))
+    order, counts = rows.argsort(stable=True), rows.bincount().tolist()
+    parts = [part[order].split(counts) for part in (*parts, torch.ones(len(rows), device=rows.device))]
+    return [pad_sequence(part, batch_first=True) for part in parts]
 
 
 @torch.no_grad()
-def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0) -> Result:
-    """Play the episodes of a batch to their ends, at this temperature of the base's actions.
+def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisions, np.ndarray]:
+    """Play the episodes of a batch to their ends -> all actions, and the colour visited by each step (B, T), else -1.
 
-    Episodes step together, and are dropped when they end: the cost follows the living.
-    """
-    B, T, device = len(batch), run.world.limit, run.device
-    visited, gate_open = np.full((B, T), -1, dtype=np.int8), np.zeros((B, T), dtype=bool)
-    mask, reward = np.zeros((B, T), dtype=bool), torch.zeros(B, device=device)
-    tables = None  # of observations, actions and their log-probabilities
-    alive = np.arange(B)
+    Episodes step together, and are dropped when they end: the cost follows the living."""
+    alive, steps = np.arange(len(batch)), []
     lower_past = upper_past = None  # what the base remembers
-    for t in range(T):
+    opened = torch.zeros(len(batch), run.world.limit, device=run.device)  # 1 where a gate was open
+    for t in range(run.world.limit):
         obs, rows = run.tensor(batch.observe()), run.tensor(alive)
         residual, lower_past = base.lower(obs[:, None], past=lower_past)
-        controlled, opened = pilot.steer(residual[:, 0], batch, rows)
-        features, upper_past = base.upper(controlled[:, None], past=upper_past)
+        controlled = pilot.steer(residual[:, 0], batch, rows)
+        if pilot.forget:
+            opened[rows, t] = pilot.opened.float()
+        faded = forget_at(opened[rows, : t + 1]) if pilot.forget else None
+        features, upper_past = base.upper(controlled[:, None], faded, upper_past)
         if not features.isfinite().all():
             raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
-        actions = base.head(features[:, 0], temperature)
+        actions = base.head(features[:, 0], pilot.temperature)
         action = actions.sample()
         visit, gain, done = batch.step(action.cpu().numpy())
-        visited[alive, t], gate_open[alive, t], mask[alive, t] = visit, opened.cpu().numpy(), True
-        reward[rows] += run.tensor(gain)
-        values = obs, action, actions.log_prob(action)
-        tables = tables or [value.new_zeros(B, T, *value.shape[1:]) for value in values]
-        for table, value in zip(tables, values):
-            table[rows, t] = value
+        steps.append((rows, obs, action, actions.log_prob(action), run.tensor(gain), run.tensor(visit)))
         if done.all():
             break
         if done.any():
@@ -675,7 +686,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch, temperature=1.0
             lower_past, upper_past = ([part[:, kept] for part in past] for past in (lower_past, upper_past))
         if pilot.blind:
             lower_past = upper_past = None
-    return Result(reward, visited, gate_open, mask, *tables)
+    *parts, gain, visited, mask = by_episode(steps)
+    return Decisions(*parts, mask, gain.sum(1)), visited.where(mask > 0, -1).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -698,8 +710,7 @@ class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
 
     At first it is the codes' prior, N(0, I). Its deviations stay above `least_std`. Without that bound, the first few
-    successes make them small before the means are right, and such a policy tries no other codes.
-    """
+    successes make them small before the means are right, and such a policy tries no other codes."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -716,21 +727,10 @@ class Policy(nn.Module):
         return normal(mean, log_std.exp().clamp_min(self.least_std)), state
 
 
-class Decisions(NamedTuple):
-    """What RL learns from: B episodes of K decisions. For internal RL a decision is a code, for raw RL an action."""
-
-    inputs: torch.Tensor  # (B, K, D) residual at the decision | (B, K, F) observation
-    chosen: torch.Tensor  # (B, K, Z) code | (B, K, ...) action
-    log_prob: torch.Tensor  # (B, K) when it was chosen
-    mask: torch.Tensor  # (B, K) decisions that were made
-    reward: torch.Tensor  # (B,) at the end
-
-
 class PolicyCodes:
     """Chooses the codes of B episodes for a `CodePilot` by the policy, and writes down every decision.
 
-    Without `sample` it takes the means of the policy instead of samples, to evaluate it.
-    """
+    Without `sample` it takes the means of the policy instead of samples, to evaluate it."""
 
     def __init__(self, run: Run, B: int, policy: Policy, sample: bool = True):
         self.policy, self.sample, self.made = policy, sample, []
@@ -744,20 +744,12 @@ class PolicyCodes:
         self.made.append((rows, residual, code[:, 0], codes.log_prob(code)[:, 0]))
         return code[:, 0]
 
-    def decisions(self, reward) -> Decisions:
-        """All that was chosen, sorted by episodes. Each has at least one decision, at its first step."""
-        rows, *parts = (torch.cat(column) for column in zip(*self.made))
-        order, counts = rows.argsort(stable=True), rows.bincount().tolist()
-        parts = [part[order].split(counts) for part in (*parts, torch.ones_like(parts[-1]))]
-        return Decisions(*(pad_sequence(part, batch_first=True) for part in parts), reward)
-
 
 def play_codes(run: Run, base, meta, policy: Policy, count: int, rng, sample=True) -> tuple[Decisions, float]:
     """Internal RL plays `count` episodes -> its decisions, which are codes, and success."""
     codes = PolicyCodes(run, count, policy, sample)
-    pilot, batch = CodePilot(run, count, meta, codes), run.world.batch(count, rng)
-    result = rollout(run, base, pilot, batch, run.config.temperature)
-    return codes.decisions(result.reward), result.reward.mean().item()
+    played, _ = rollout(run, base, CodePilot(run, count, meta, codes), run.world.batch(count, rng))
+    return Decisions(*by_episode(codes.made), played.reward), played.reward.mean().item()
 
 
 def terminal_advantage(reward):
@@ -766,12 +758,10 @@ def terminal_advantage(reward):
 
 
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
-    """Minus PPO's clipped objective, mean over decisions. log_prob, old_log_prob, mask (B, K), advantage (B,) ->
-    scalar.
+    """Minus PPO's clipped objective, mean over decisions. log_prob, old_log_prob, mask (B, K), advantage (B,).
 
         ratio = new probability of the decision / old probability
-        gain  = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )
-    """
+        gain  = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )"""
     ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -781,13 +771,11 @@ def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
 def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob) -> None:
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
-    play(rng) -> Decisions, success. log_prob(inputs, chosen) -> that of each decision by the present `model`, (B, K).
-    peak: highest learning rate.
+    play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest rate.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
-    successes are rare: each must move the policy far.
-    """
+    successes are rare: each must move the policy far."""
     c, episodes = run.config, 0
     rng, curve = run.seeded(phase), run.curves.setdefault(phase, [])
     optimiser = torch.optim.Adam(model.parameters(), lr=peak)
@@ -841,9 +829,9 @@ PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
-            CLASSROOM, world="paper", layers=4, pretrain_steps=10_000, pretrain_batch=64,
+            CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free=0.18, kl_weight=0.1, rl_episodes=200_000,
+            discover_lr=3e-3, free=0.18, blind=0.36, forget=True, kl_weight=0.1, rl_episodes=200_000,
         ),
         "paper": PAPER,
     },
@@ -862,8 +850,8 @@ PRESETS = {
 }  # fmt: skip
 FAST = {
     "layers": 2, "dim": 32, "mlp": 64, "control_block": 1, "pretrain_steps": 30, "pretrain_batch": 32,
-    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16,
-    "rl_episodes": 128, "rl_batch": 64, "eval_episodes": 16,
+    "steer_steps": 10, "discover_steps": 20, "discover_batch": 16, "rl_episodes": 128, "rl_batch": 64,
+    "eval_episodes": 16,
 }  # fmt: skip
 WEIGHT_DECAY = 0.03  # in phases 1 and 2 (paper)
 
@@ -888,8 +876,7 @@ class RelativeCells(nn.Module):
 
         features(offset) @ matrix(colour) + obstacle(offset)     for each colour: they share what offsets mean
         obstacle(offset)                                         for each wall: all walls are alike
-        agent(cell)                                              for the agent
-    """
+        agent(cell)                                              for the agent"""
 
     FEATURES = 24
 
@@ -920,8 +907,7 @@ class RelativeAnt(nn.Module):
     """Departure: cells as on the grid, and the body in its own frame (`AntWorld.own_frame`).
 
     The body has a quarter of the width to itself: added to the cells, it would drown them. The colour that the ant
-    stands on has an eighth, because the metacontroller must find visits among all that the residual says.
-    """
+    stands on has an eighth, because the metacontroller must find visits among all that the residual says."""
 
     def __init__(self, c: Config, world: envs.AntWorld):
         super().__init__()
@@ -958,8 +944,7 @@ class GridHead(nn.Module):
 
 
 class AntHead(nn.Module):
-    """Features (..., D) -> distribution of the torques (..., 8), with the same deviation in all states, and a guess of
-    the next observation."""
+    """Features (..., D) -> distribution of the torques (..., 8), of one deviation, and a guess of what comes next."""
 
     def __init__(self, c: Config, world: envs.World):
         super().__init__()
@@ -984,8 +969,7 @@ HEADS = {"grid": GridHead, "ant": AntHead}
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, made orthogonal: a matrix learns as fast in all of its directions.
 
-    torch.optim.Muon does the same in bfloat16, which most laptop processors only emulate: ten times slower there.
-    """
+    torch.optim.Muon does the same in bfloat16, which most laptop processors only emulate: ten times slower there."""
 
     def __init__(self, parameters, lr: float, weight_decay: float):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -1015,7 +999,6 @@ def pretrain_optimisers(c: Config, base: BaseModel) -> list:
     matrices = [module.weight for module in base.blocks.modules() if isinstance(module, nn.Linear)]
     rest = [p for p in base.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, lr=c.pretrain_lr, weight_decay=WEIGHT_DECAY)
-    # Embeddings and heads learn best at a higher rate.
     return [muon, torch.optim.AdamW(rest, lr=3 * c.pretrain_lr, weight_decay=WEIGHT_DECAY)]
 
 
@@ -1027,10 +1010,7 @@ def rate(c: Config, progress: float) -> float:
 
 def update(model: nn.Module, loss, optimisers: list, share: float) -> None:
     """One gradient step of `model` at this share (0 to 1) of the optimisers' peak rates. Gradients longer than 1 are
-    cut to 1.
-
-    Losses are given per step of an episode: then most gradients are shorter than 1.
-    """
+    cut to 1. Losses are given per step of an episode: then most gradients are shorter than 1."""
     loss.backward()
     if not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite():
         raise Failure("the gradient is not a finite number; lower the learning rate of this phase", 1)
@@ -1075,10 +1055,12 @@ def train_labels(run: Run, base: BaseModel) -> Labels:
     optimiser = torch.optim.AdamW(labels.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)
     for step, episodes in zip(range(c.steer_steps), expert_batches(run, rng, c.discover_batch)):
         progress = step / c.steer_steps
-        blind = draw_blind(run, len(episodes.mask), progress)
-        subgoal = run.tensor(np.maximum(subgoals(run.world, episodes)[0], 0))
-        residual, _ = base.lower(run.tensor(episodes.obs[:, :-1]), blind)
-        features, _ = base.upper(labels.control(residual, subgoal), blind)
+        obs, (subgoal, changed) = run.tensor(episodes.obs[:, :-1]), subgoals(run.world, episodes)
+        faded = draw_blind(run, obs, progress)
+        residual, _ = base.lower(obs, faded)
+        if c.forget:
+            faded = faded + forget_at(run.tensor(changed).float())
+        features, _ = base.upper(labels.control(residual, run.tensor(np.maximum(subgoal, 0))), faded)
         loss = action_nll(run, base, features, episodes).sum(1).mean()
         update(labels, loss / episodes.lengths.mean(), [optimiser], rate(c, progress))
         run.log(step + 1, c.steer_steps, "steps", nll=loss.item())
@@ -1089,14 +1071,15 @@ class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, run: Run, B: int, labels: Labels):
-        self.run, self.labels, self.blind = run, labels, run.config.blind == 1
+        self.run, self.labels = run, labels
+        self.blind, self.forget = run.config.blind == 1, run.config.forget
         self.subgoal = torch.full((B,), -1, device=run.device)
 
     def steer(self, residual, batch, rows):
         subgoal = self.run.tensor(batch.subgoal())
-        opened = subgoal != self.subgoal[rows]
+        self.opened = subgoal != self.subgoal[rows]
         self.subgoal[rows] = subgoal
-        return self.labels.control(residual[:, None], subgoal[:, None])[:, 0], opened
+        return self.labels.control(residual[:, None], subgoal[:, None])[:, 0]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1104,22 +1087,16 @@ class LabelPilot(Pilot):
 # ----------------------------------------------------------------------------------------------------
 
 
-FAILURES = 16  # of each batch, to learn from
-
-
-def play_actions(run: Run, model: BaseModel, count: int, rng) -> tuple[Decisions, float]:
+def play_actions(run: Run, model: BaseModel, count: int, rng, failures: int = 16) -> tuple[Decisions, float]:
     """Raw-action RL plays `count` episodes -> decisions, which are actions, and success.
 
-    It learns from all successes and from a few failures, drawn at random, because episodes are long. The gradient is
-    that of the whole batch on average, up to a factor.
-    """
-    result = rollout(run, model, Pilot(), run.world.batch(count, rng))
-    mask = run.tensor(result.mask).float()
-    batch = Decisions(result.obs, result.action, result.log_prob, mask, result.reward)
+    It learns from all successes and some `failures`, drawn at random, because episodes are long. The gradient is
+    that of the whole batch on average, up to a factor."""
+    batch, _ = rollout(run, model, Pilot(), run.world.batch(count, rng))
     kept = batch.reward > 0
     failed = torch.nonzero(~kept)[:, 0]
-    kept[failed[torch.randperm(len(failed), device=failed.device)[:FAILURES]]] = True
-    return Decisions(*(part[kept] for part in batch)), result.reward.mean().item()
+    kept[failed[torch.randperm(len(failed), device=failed.device)[:failures]]] = True
+    return Decisions(*(part[kept] for part in batch)), batch.reward.mean().item()
 
 
 def raw_rl(run: Run, base: BaseModel) -> BaseModel:
@@ -1144,10 +1121,10 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     for part in episodes.chunks():
         total += action_nll(run, base, base(run.tensor(part.obs[:, :-1])), part).sum().item()
     floor, loss = run.world.floor(episodes), total / count
-    reach = rollout(run, base, Pilot(), run.world.batch(count, run.seeded("evaluate")))
+    _, visited = rollout(run, base, Pilot(), run.world.batch(count, run.seeded("evaluate")))
     return {
         **({"base_nats": loss} if floor is None else {"base_excess_nats": loss - floor}),
-        "base_reach": float((reach.visited >= 0).any(axis=1).mean()),
+        "base_reach": float((visited >= 0).any(axis=1).mean()),
         "expert_success": run.world.expert_success(count),
     }
 
@@ -1155,8 +1132,8 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     """Success in the RL task of ground-truth controllers that are switched by hand, actions at temperature 1."""
     batch = run.world.batch(run.config.eval_episodes, run.seeded("evaluate"))
-    result = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch)
-    return {"steer_success": result.reward.mean().item()}
+    played, _ = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch)
+    return {"steer_success": played.reward.mean().item()}
 
 
 def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
@@ -1172,8 +1149,7 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
     found = []
     for part in episodes.chunks():
         obs = run.tensor(part.obs[:, :-1])
-        blind = torch.ones_like(obs[:, 0, 0], dtype=torch.bool) if run.config.blind == 1 else None  # as in phase 3
-        residual, _ = base.lower(obs, blind)
+        residual, _ = base.lower(obs, each_alone(obs) if run.config.blind == 1 else None)  # as in phase 3
         proposal, kl = propose(run, base, meta, part, rng)
         found.append((*meta.integrate(residual, proposal, run.config.threshold), kl))
     return [torch.cat(column) for column in zip(*found)]
@@ -1199,12 +1175,9 @@ def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -
     """What codes from the prior N(0, I) achieve: which subgoal follows which, and success in the RL task."""
     c, world = run.config, run.world
     draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
-
-    def play(count: int, roam: bool) -> Result:
-        return rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam), c.temperature)
-
-    roaming, trials = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
-    table = transition_table(world, roaming.visited)
+    play = lambda count, roam: rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam))
+    (_, visited), (trials, _) = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
+    table = transition_table(world, visited)
     return {
         "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.rl_task)])),
         "random_code_success": trials.reward.mean().item(),
@@ -1238,8 +1211,7 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
     """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1).
 
     visited (N, T) holds the colour visited by each step or -1. A subgoal is completed when its colours are visited
-    one after the other; the last column counts what completes none.
-    """
+    one after the other; the last column counts what completes none."""
     n, length = len(world.subgoals), len(world.subgoals[0])
     number = {colours: k for k, colours in enumerate(world.subgoals)}
     counts = np.zeros((n + 1, n + 1))  # the last row and column: of what is no subgoal
@@ -1254,8 +1226,7 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
 def fit_readout(run: Run, inputs, labels) -> float:
     """Held-out accuracy of a small MLP's read-out; the second half is held out.
 
-    inputs (N, F), labels (N,), in the order of their episodes, so that the halves share at most one.
-    """
+    inputs (N, F), labels (N,), in the order of their episodes, so that the halves share at most one."""
     half = len(inputs) // 2
     torch.manual_seed(0)
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
@@ -1330,15 +1301,16 @@ def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
     rng = run.seeded("figures")
     pilot = CodePilot(run, 100, models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
-    result = rollout(run, models["pretrain"], pilot, run.world.scattered(100, rng), run.config.temperature)
-    seen, rows, last = result.visited >= 0, np.arange(100), result.mask.sum(axis=1) - 1
+    played, visited = rollout(run, models["pretrain"], pilot, run.world.scattered(100, rng))
+    obs, last = played.inputs.cpu().numpy(), played.mask.sum(1).int().cpu().numpy() - 1
+    seen, rows = visited >= 0, np.arange(100)
     first = seen.argmax(axis=1)
     end = np.where(seen.any(axis=1), np.minimum(first + 1, last), last)
-    x, y = run.world.places(result.obs[rows, end].cpu().numpy())[:, -1].T - 0.5 + rng.uniform(-0.2, 0.2, (2, 100))
+    x, y = run.world.places(obs[rows, end])[:, -1].T - 0.5 + rng.uniform(-0.2, 0.2, (2, 100))
     goal = run.world.subgoals[number][0]
-    draw_cells(axis, run.world, result.obs[0, 0].cpu().numpy())
+    draw_cells(axis, run.world, obs[0, 0])
     axis.plot(x, y, "k.", alpha=0.4)
-    share = np.mean(result.visited[rows, first] == goal)
+    share = np.mean(visited[rows, first] == goal)
     axis.set_title(f"code {number}: {share:.0%} visit {goal} first", fontsize=10)
 
 
@@ -1430,24 +1402,24 @@ class Viewer(CodePilot):
         shown = t % self.every == 0
         if shown:
             self.show(batch)
-        controlled, opened = super().steer(residual, batch, rows)
+        controlled = super().steer(residual, batch, rows)
         number, gate = int(torch.cdist(self.code, self.codes).argmin()), self.gate.item() if t else 1.0
-        self.frames.append((batch.observe()[0], number, gate, bool(opened)))
+        self.frames.append((batch.observe()[0], number, gate, bool(self.opened)))
         if shown:
-            print(f"{'|' if opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)
+            print(f"{'|' if self.opened else '.'} code {number}, gate {gate:.2f}\n", flush=True)
             time.sleep(1 / self.fps if self.fps else 0)
-        return controlled, opened
+        return controlled
 
 
 def watch(run: Run, args) -> int:
     """Play episodes of the RL task in the terminal; with --gif draw them as well."""
-    by_number = args.by_hand or args.code is not None  # then nobody asks the policy
+    held = args.code is not None
+    by_number = args.by_hand or held  # then nobody asks the policy
     needed = TRAINED[:2] if by_number else TRAINED
     path = load_saved(run, "watch", needed)
     models = {name: load_model(run, name) for name in needed}
     codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
     rng, episodes, solved, fps = run.seeded("watch"), [], 0, 4 if args.fps is None else args.fps
-    held = args.code is not None
     print(f"The trained run {path}. Codes are numbered by the true subgoal that they serve, for display only.\n"
           "@ agent, * agent on a colour, # wall, [ ] the next visit (the policy is not told)\n"
           "| the gate opened: a new code; . the code is held. Ctrl-C ends it.\n")  # fmt: skip
@@ -1458,14 +1430,14 @@ def watch(run: Run, args) -> int:
             viewer = Viewer(run, models["discover"], choose, codes, fps, every)
             episodes.append(viewer.frames)
             batch = run.world.batch(1, rng, roam=held)  # one code: also after its goal is reached
-            result = rollout(run, models["pretrain"], viewer, batch, run.config.temperature)
+            played, visited = rollout(run, models["pretrain"], viewer, batch)
             viewer.show(batch)  # where the last step led
             viewer.frames.append((batch.observe()[0], viewer.frames[-1][1], 0.0, False))
-            solved += int(result.reward.item())
-            visits = "-".join(str(colour) for colour in result.visited[result.visited >= 0]) or "none"
-            line = f"{result.mask.sum()} steps, visits {visits}"
+            solved += int(played.reward.item())
+            visits = "-".join(str(colour) for colour in visited[visited >= 0]) or "none"
+            line = f"{visited.size} steps, visits {visits}"
             if not held:
-                end = "solved" if result.reward.item() else "not solved"
+                end = "solved" if played.reward.item() else "not solved"
                 line = f"{end}, {line}; solved {solved} of {number}"
             print(f"{number}: {line}\n")
     except (EOFError, KeyboardInterrupt):
@@ -1584,11 +1556,9 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
     watched: the stages that `phase` needs if it is "watch".
 
-    Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs.
-    """
+    Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs."""
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
-    needed = {need for name in wanted for need in STAGES[name].needs if need not in wanted}
-    needed = {*watched} if phase == "watch" else needed
+    needed = {*watched} if phase == "watch" else {need for name in wanted for need in STAGES[name].needs} - {*wanted}
     mine = (run.out or SHIPPED) / "run.pt"
     own = os.path.exists(mine)  # False for a name that cannot be one, too
     path = SHIPPED / f"{run.name}.pt" if needed and not own else mine
@@ -1636,17 +1606,16 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         return run.saved[name]["metrics"]
     stage, started = STAGES[name], time.time()
     forget_metrics(run.out / "metrics.csv", name)
-    models[name] = stage.train(run, *(models[need] for need in stage.needs))
+    model = models[name] = stage.train(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
-    metrics = {**stage.measure(run, models[name], models), f"minutes_{name}": minutes}
+    metrics = {**stage.measure(run, model, models), f"minutes_{name}": minutes}
     print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers(metrics).items()), flush=True)
     if not all(math.isfinite(value) for value in numbers(metrics).values()):
         raise Failure(f"{name}: not a finite number: {numbers(metrics)}; lower the learning rate", 1)
     if name in run.curves:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
-    run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain}
-    run.saved[name]["model"] = models[name].state_dict()
+    run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain, "model": model.state_dict()}
     packed = io.BytesIO()  # writing to a disk that is full is an OSError then
     torch.save(run.saved, packed)
     write_whole(run.out / "run.pt", lambda file: file.write_bytes(packed.getvalue()))
@@ -1684,12 +1653,6 @@ class OneLineParser(argparse.ArgumentParser):
         raise Failure(message)
 
 
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
-    return text.lower() == "true"
-
-
 def between(kind, least, most):
     """A parser of numbers from `least` to `most`."""
 
@@ -1707,12 +1670,9 @@ def between(kind, least, most):
 
 
 def seeds(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [-1]
-    if not 0 <= min(found) <= max(found) < 10**6 or len({*found}) < len(found):
-        raise argparse.ArgumentTypeError(f"{text}: must be different numbers below a million, such as 0,1,2")
+    found = [between(int, 0, 999_999)(part) for part in text.split(",")]
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text}: must be different numbers, such as 0,1,2")
     return found
 
 
@@ -1745,8 +1705,8 @@ def make_parser() -> argparse.ArgumentParser:
     comments = config_comments()
     for f in fields(Config):
         kind, text = type(f.default), f"{comments[f.name]} [{f.default}]".replace("%", "%%")
-        parse = between(kind, *BOUNDS[f.type]) if f.type in BOUNDS else boolean if kind is bool else str
-        choices = CHOICES.get(f.name) and list(CHOICES[f.name])  # help shows these, or the kind of number
+        parse = between(kind, *BOUNDS[f.type]) if f.type in BOUNDS else str.lower if kind is bool else str
+        choices = [*CHOICES.get(f.name, CHOICES.get(f.type, ()))] or None  # help shows these, or the kind of number
         group.add_argument(
             f"--{f.name}", type=parse, choices=choices, help=text, metavar=None if choices else kind.__name__.upper()
         )
@@ -1757,12 +1717,13 @@ def make_config(args) -> Config:
     if args.preset not in PRESETS[args.env]:
         raise Failure(f"--preset {args.preset}: --env {args.env} has {', '.join(PRESETS[args.env])}")
     given = {f.name: value for f in fields(Config) if (value := getattr(args, f.name)) is not None}
+    given |= {name: value == "true" for name, value in given.items() if value in CHOICES["bool"]}
     fast = FAST if args.fast else {}
     config = replace(PRESETS[args.env][args.preset], **{**fast, **given})
     if config.control_block > config.layers:
         raise Failure(f"--control_block={config.control_block}: must be at most --layers={config.layers}")
-    if config.dim % config.heads:
-        raise Failure(f"--dim={config.dim}: must be a multiple of --heads={config.heads}")
+    if config.dim % Attention.HEADS:
+        raise Failure(f"--dim={config.dim}: must be a multiple of {Attention.HEADS}, the number of attention heads")
     world = envs.WORLDS[config.world]
     if world.kind != args.env:
         raise Failure(f"--world={config.world}: not a world of --env {args.env}")
