@@ -11,8 +11,8 @@ model was trained to imitate experts. Each expert's episode has three visits, in
 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the
 six visits is right, if those before it were:
 
-    the imitator acts alone:                  .25 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 29,000,000,000 episodes
-    random *codes* steer the same imitator:   .27 x .22 x .18 x .17 x .16 x .29         = 1 in 12,500 episodes
+    the imitator acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
+    random *codes* steer the same imitator:   .269 x .216 x .177 x .165 x .165 x .286    = 1 in 12,500 episodes
 
 So RL on raw actions, which starts from the imitator, sees no reward and learns nothing. RL on codes sees some. A code
 is a few numbers that make the imitator walk to one colour. Nobody tells the model which codes there are: it finds them
@@ -58,8 +58,8 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     kl_weight         alpha    scalar       price of one nat of code; 1 nat is 1.44 bits               Eq. 3
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
-subgoals serve measurements alone. The *RL task* is longer than all that experts were seen to do, and no two of its
-subgoals in a row ever followed each other in theirs. What differs from the paper is marked "departure" in `Config`.
+subgoals serve measurements alone. The *RL task* is longer than all that experts were seen to do, and no expert
+goes from one of its subgoals to the next one. What differs from the paper is marked "departure" in `Config`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-# Other names for int and float. The name says which values a flag may have: the least and the most.
+# Other names for int and float. They say which values a flag may have: `BOUNDS` has the least and the most of each.
 Many = Count = Natural = int
 Chance = Weight = Rate = Bias = float
 BOUNDS = {
@@ -110,7 +110,7 @@ class Config:
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
-    eval_episodes: Many = 1024  # held-out episodes; RL is measured on 4 times as many of its own
+    eval_episodes: Many = 1024  # held-out episodes; 4 times as many, of the RL task, to measure RL
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
@@ -127,11 +127,11 @@ class Config:
     fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
-    # phase 2; and the check after phase 3: one controller for each true subgoal, switched by hand
+    # phase 2; and the check (it comes after phase 3): one controller for each true subgoal, switched by hand
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0625  # departure: the KL is free for this share of phase 2, then its price rises as long
+    free: Chance = 0.0625  # departure: the KL is free for this share of phase 2, then rises to its price as long
     blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     steer_steps: Natural = 1000  # of the check (paper: 3200)
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return torch.where(distance < exact, distance, coarse.clamp(max=self.BUCKETS - 1))
 
     def added_to_scores(self, T, S, faded):
-        """For the last T of S steps: the bias of their distance to each step, less what has faded; -inf ahead."""
+        """For the last T of S steps: a bias for the distance to each step, plus the log of its rest; -inf ahead."""
         steps = torch.arange(S, device=self.bias.device)
         distance = steps[S - T :, None] - steps  # (T, S)
         added = self.bias[:, self.bucket(distance.clamp_min(0))][None]  # (1, HEADS, T, S)
@@ -204,7 +204,8 @@ class Attention(nn.Module):
     def forward(self, x, faded=None, past=None):
         """x (B, T, D), past: keys and values of earlier steps -> y (B, T, D), past.
 
-        faded (B, S), for all S steps up to now: of step s, step t has the share exp(faded_t - faded_s). None: all."""
+        faded (B, S), for all S steps up to now: step t's weight for step s is multiplied by exp(faded_t - faded_s),
+        before the weights are divided by their sum. None: by 1. That factor is the rest that is left of step s."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)  # (3, B, HEADS, T, .)
         queries, new = qkv[0], qkv[1:]
@@ -389,7 +390,7 @@ class Metacontroller(nn.Module):
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. Measurements use
         that. In phase 3 there is no whole episode to read; there `CodePilot` does the same, one step at a time.
 
-        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T)."""
+        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
         history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
         code = proposal[:, 0]
@@ -473,26 +474,25 @@ def pretrain(run: Run) -> BaseModel:
 # ----------------------------------------------------------------------------------------------------
 # Phase 2: discover controllers and when to switch them (paper: Sec. 3, App. D.2, Eq. 3)
 #
-# In: the frozen base and the same unlabelled trajectories. Out: a metacontroller.
+# In: the frozen base and fresh trajectories of the same experts. Out: a metacontroller.
 #
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
 # expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
 # the goal, once, when it changes.
 #
 # Why does the gate open where the goal changes, and stay shut at other steps? Every proposal pays its KL, whether the
-# gate adopts it or not. With the gate always open, the encoder would have to repeat the goal, and pay for it, at each
-# step. With the gate shut it pays once: all other proposals can be pure noise, N(0, I), which costs nothing. To adopt
+# gate adopts it or not. If the gate opened at each step, each proposal would have to name the goal, and to pay for it.
+# If it opens once, one proposal names the goal. All others can be pure noise, N(0, I), which costs nothing. To adopt
 # noise would destroy the code in force, so the gate learns to stay shut at those steps. It finds the right moment in
-# the residual: the agent has just arrived on a colour. (The price is not all: the gate of the small grid opens there
-# even if codes are free, `--kl_weight 0`. It is also easier to hold a code than to say it again.)
+# the residual: the agent has just arrived on a colour. (The small grid's gate does so at `--kl_weight 0`, too.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
 #     phase 1             all steps so far
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
-#     phase 3             all steps so far       all steps so far                             steps with an open gate
-#
+#     phase 3             all steps so far       all steps so far                             step 1, open gates
+# (On the 7x7 grid "all steps" are those since the gate opened last; the ant's base always sees each step alone.)
 # Gate and policy see a step through its residual. Where the base has memory, that tells of earlier steps, too.
 #
 # Two departures from the paper make the code name a goal:
@@ -501,11 +501,10 @@ def pretrain(run: Run) -> BaseModel:
 # 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
 #    little left to tell, and a code that says which of the two could never mean 1. A blind base must be told the goal
 #    itself. Later, ever more episodes are read with memory, so that controllers learn to steer the base as it is in
-#    phase 3. The codes keep their meaning meanwhile. The ant's base stays blind to the end, in phase 3, too.
-#
-# On the paper's grid a subgoal is a pair of colours. A blind base cannot know whether it was at the first already. And
-# a base that remembers everything overrules the code: after 0-1 it goes on as experts do. So with `forget` the base
-# forgets when the gate opens. It remembers the present subgoal alone, in phase 3, too.
+#    phase 3. The codes keep their meaning meanwhile.
+# On the paper's 7x7 grid a subgoal is a pair of colours. A blind base cannot know whether it was at the first already.
+# And a base that remembers everything overrules the code: after 0-1 it goes on as experts do. So the preset `laptop`
+# has a blind block below the controller, and with `forget` the blocks above it forget when the gate opens.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -531,8 +530,8 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T) of steps that forget what came before the last opening of the gate (B, T), and the step of the
-    opening itself. A gate that is half open forgets by half, and next to nothing is left after one that is open."""
+    """`faded` (B, T): after the gate (B, T) opens at step s, later steps forget s and all before. Step s sees itself.
+    From each step to the next a rest of (1 - beta_t)(1 - beta_t-1) is left: a soft gate forgets softly."""
     kept = (1 - gate) * (1 - shift_right(gate))
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
@@ -542,7 +541,7 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
     Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
-    blind (unless `blind` is 0), also when they read the episode itself with memory: the encoder connects its steps."""
+    blind (unless `blind` is 0). To a blind block it is a grid like any other. The encoder's GRUs connect its steps."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     count = is_entry.sum(axis=1)
@@ -610,7 +609,7 @@ class Pilot:
 
     def steer(self, residual, batch, rows):
         """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D).
-        batch: the episodes themselves; of these, codes may see nothing."""
+        batch: the episodes themselves. Only `LabelPilot` may look into them."""
         return residual
 
 
@@ -648,8 +647,8 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """What was collected step by step, sorted by episodes. A step: the numbers of the episodes that it is of (b,), at
-    first all, and parts (b, ...) -> each part as (B, T, ...), zeros in the padding, and a mask (B, T)."""
+    """What was collected step by step, sorted by episodes. A step is (episode numbers (b,), parts (b, ...)); the first
+    step has all episodes. -> each part as (B, T, ...), zeros in the padding, and a mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))
     order, counts = rows.argsort(stable=True), rows.bincount().tolist()
     parts = [part[order].split(counts) for part in (*parts, torch.ones(len(rows), device=rows.device))]
@@ -693,8 +692,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 # ----------------------------------------------------------------------------------------------------
 # Phase 3: internal RL (paper: App. C.5, Algorithms 1-3)
 #
-# In: the frozen base and metacontroller. Out: a policy that chooses codes. It acts only where the gate opens, so an
-# episode of many steps is a few decisions for it. This is *contracted time*:
+# In: the frozen base and metacontroller. Out: a policy that chooses codes. It acts at step 1 and where the gate
+# opens, so an episode of many steps is a few decisions for it. This is *contracted time*:
 #
 #     gate      |...|.....|..|....|...|.....      | open: the policy chooses a code, . shut: the code is held
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
@@ -702,7 +701,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #
 # The policy's recurrent state advances at its decisions alone, and it gets only the residuals of those steps. Nobody
 # tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
-# begin. Six decisions share the credit for a success, not some twenty moves.
+# begin. Six decisions share the credit for a success, not 28 moves.
 # ----------------------------------------------------------------------------------------------------
 
 
