@@ -492,7 +492,7 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (On the 7x7 grid "all steps" are those since the gate opened last; the ant's base always sees each step alone.)
+# (The base of the 7x7 grid, phases 2 and 3: the steps since the gate opened last. The ant's: each step alone.)
 # Gate and policy see a step through its residual. Where the base has memory, that tells of earlier steps, too.
 #
 # Two departures from the paper make the code name a goal:
