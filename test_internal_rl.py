@@ -973,8 +973,7 @@ def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature):
     """Rollouts, which go step by step and drop the dead, have the gates and log-probabilities that discovery's form of
     the model gives the same episodes at once, at the temperature asked for: dropping changes nothing for the living.
     The base has its memory, unless `blind` is 1; with `forget`, above the controller that since the last opening of
-    the gate. The actions are drawn from just these distributions: their mean
-    log-probability is minus the entropy."""
+    the gate. The actions are drawn from just these distributions: their mean log-probability is minus the entropy."""
     threshold = {1: 0.5, 0.3: 0.2, 2: 0.8}[temperature]
     run, base, meta, _ = make_players(
         name, blind=blind, forget=forget, threshold=threshold, temperature=temperature, blind_blocks=int(forget)
