@@ -131,8 +131,7 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    free: Chance = 0.0625  # departure: the KL is free for this share of phase 2, then rises to its price as long
-    blind: Chance = 0.5  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
+    blind: Chance = 0.65  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
@@ -143,12 +142,13 @@ class Config:
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
+    force_open: bool = False  # control experiment (paper: Fig. 8): the gate is 1 at every step, in phase 3, too
+    cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
-    threshold: Chance = 0.5  # the gate opens above this (paper)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     least_std: Weight = 0.1  # departure: floor of the policy's deviations
-    rl_episodes: Natural = 150_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Natural = 200_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch (paper: 1)
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return torch.where(distance < exact, distance, coarse.clamp(max=self.BUCKETS - 1))
 
     def added_to_scores(self, T, S, faded):
-        """For the last T of S steps: a bias for the distance to each step, plus the log of its rest; -inf ahead."""
+        """For the last T of S steps: a bias for the distance to each step, plus faded_t - faded_s; -inf ahead."""
         steps = torch.arange(S, device=self.bias.device)
         distance = steps[S - T :, None] - steps  # (T, S)
         added = self.bias[:, self.bucket(distance.clamp_min(0))][None]  # (1, HEADS, T, S)
@@ -342,8 +342,11 @@ class Metacontroller(nn.Module):
     Encoder and gate each keep a history of what they read, by the same recurrent network, the GRU `history`. A second
     GRU, `embedder`, makes the encoder's summary."""
 
+    threshold = 0.5  # a gate above this is open (paper)
+
     def __init__(self, c: Config):
         super().__init__()
+        self.force_open = c.force_open
         D, H, Z = c.dim, c.history_dim, c.code_dim
         self.history = nn.GRU(D, H, batch_first=True)
         self.embedder = nn.GRU(D, H, batch_first=True)
@@ -363,8 +366,8 @@ class Metacontroller(nn.Module):
     def encode(self, residual, last):
         """Gaussians of the proposals: residual (B, N, D) at the N steps that are read -> mean, log_std (B, N, Z).
 
-        The encoder reads the residual at the step, the history before it, and a summary of the whole episode. Row
-        `last` (B,) is the last one of an episode; rows after it are padding."""
+        The encoder reads the residual at the step, the history before it, and a summary of the whole episode.
+        last (B,): where the last step of each episode stands; what comes after it is padding."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -376,6 +379,8 @@ class Metacontroller(nn.Module):
 
     def gate(self, residual, history, code):
         """beta_t = f_switch(e_t, h_t-1, z_t-1), between 0 and 1: (B, D), (B, H), (B, Z) -> (B,)."""
+        if self.force_open:
+            return torch.ones_like(code[:, 0])
         return torch.sigmoid(self.switch(torch.cat([self.read(residual), history, code], dim=-1))).squeeze(-1)
 
     def integrate(self, residual, proposal, threshold=None):
@@ -428,8 +433,8 @@ def code_kl(mean, log_std):
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. Many
 # episodes begin on a colour. So the model learns what to do on cells where no expert passes, to which a controller may
-# lead it. To a blind base every step looks like the first of an episode. After a visit it stands on a colour. That is
-# why episodes must begin there, too.
+# lead it. A blind base takes every step for the first one of an episode. After a visit the agent stands on a colour.
+# That is why some episodes must begin on a colour.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -484,7 +489,8 @@ def pretrain(run: Run) -> BaseModel:
 # gate adopts it or not. If the gate opened at each step, each proposal would have to name the goal, and to pay for it.
 # If it opens once, one proposal names the goal. All others can be pure noise, N(0, I), which costs nothing. To adopt
 # noise would destroy the code in force, so the gate learns to stay shut at those steps. It finds the right moment in
-# the residual: the agent has just arrived on a colour. (The small grid's gate does so at `--kl_weight 0`, too.)
+# the residual: the agent has just arrived on a colour. (This is the paper's reason. It is not the only one: on the
+# small grid the gate opens at the same steps with `--kl_weight 0`. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -492,17 +498,19 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (The base of the 7x7 grid, phases 2 and 3: the steps since the gate opened last. The ant's: each step alone.)
+# (The base of the 7x7 grid, phases 2 and 3: the steps after the last opening of the gate. The ant's: each step alone.)
+# The encoder reads what the lower blocks make of each step of the copy, one step at a time, and connects the steps.
 # Gate and policy see a step through its residual. Where the base has memory, that tells of earlier steps, too.
 #
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. The copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
-#    little left to tell, and a code that says which of the two could never mean 1. A blind base must be told the goal
-#    itself. Later, ever more episodes are read with memory, so that controllers learn to steer the base as it is in
-#    phase 3. The codes keep their meaning meanwhile.
-# On the paper's 7x7 grid a subgoal is a pair of colours. A blind base cannot know whether it was at the first already.
+#    little left to tell. A code would only say "the first or the second of these two", and none would mean "go to 1",
+#    which RL needs after 0. A blind base must be told the goal itself. Later, ever more episodes are read with memory,
+#    so that controllers learn to steer the base as it is in phase 3. The codes keep their meaning meanwhile. In the
+#    first half of the blind part the KL costs nothing.
+# On the paper's 7x7 grid a subgoal is a pair of colours. A blind base cannot know whether the first was visited.
 # And a base that remembers everything overrules the code: after 0-1 it goes on as experts do. So the preset `laptop`
 # has a blind block below the controller, and with `forget` the blocks above it forget when the gate opens.
 # ----------------------------------------------------------------------------------------------------
@@ -514,14 +522,14 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 
 def kl_charge(c: Config, progress: float) -> float:
-    """The share of the KL that is charged after this share of phase 2. Where `free` is above 0 it costs nothing at
-    first: a code that nobody reads yet would be silenced by its price, and then nobody would learn to read it."""
-    return ramp(progress, c.free, 2 * c.free)
+    """The share of the KL that is charged after this share of phase 2. With `blind` .6 it is 0 until .3, and 1 from .6
+    on: a code that nobody reads yet would be silenced by its price, and then nobody would learn to read it."""
+    return ramp(progress, c.blind / 2, c.blind)
 
 
 def draw_blind(run: Run, obs, progress: float):
-    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .5 all are until
-    half of phase 2 is done, then ever fewer, and none from three quarters on."""
+    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .6 all are until
+    progress .6, then ever fewer, and none from .9 on."""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
@@ -530,8 +538,9 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T): after the gate (B, T) opens at step s, later steps forget s and all before. Step s sees itself.
-    From each step to the next a rest of (1 - beta_t)(1 - beta_t-1) is left: a soft gate forgets softly."""
+    """`faded` (B, T). Where the gate (B, T) opens, at step s, that step sees itself alone, and later steps see neither
+    s nor what was before it. From step t - 1 to t a rest of (1 - beta_t)(1 - beta_t-1) is left, so a soft gate forgets
+    softly."""
     kept = (1 - gate) * (1 - shift_right(gate))
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
@@ -541,7 +550,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
     Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
-    blind (unless `blind` is 0). To a blind block it is a grid like any other. The encoder's GRUs connect its steps."""
+    blind (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. A blind block cannot notice, as
+    it reads one step at a time. The encoder's GRUs connect the steps."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     count = is_entry.sum(axis=1)
@@ -582,14 +592,19 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     """Train the metacontroller on the frozen base, then freeze it too."""
     c = run.config
     rng = run.seeded("discover")
-    meta = Metacontroller(c).to(run.device)
-    optimiser = torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)
+    learner = meta = Metacontroller(c).to(run.device)
+    optimisers = [torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)]
+    if c.cotrain:  # the base begins anew, and learns with the metacontroller
+        base.load_state_dict(BaseModel(c).state_dict())
+        learner = nn.ModuleList([meta, base.requires_grad_(True)])
+        optimisers += pretrain_optimisers(c, base)
     for step, episodes in zip(range(c.discover_steps), expert_batches(run, rng, c.discover_batch)):
         progress = step / c.discover_steps
         loss, stats = discovery_loss(run, base, meta, episodes, rng, progress)
-        update(meta, loss / episodes.lengths.mean(), [optimiser], rate(c, progress))
+        update(learner, loss / episodes.lengths.mean(), optimisers, rate(c, progress))
         run.log(step + 1, c.discover_steps, "steps", **stats)
-    return meta.requires_grad_(False)
+    learner.requires_grad_(False)
+    return meta
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -605,7 +620,9 @@ class Pilot:
     """What steers the base while it acts. This one leaves it alone."""
 
     blind = forget = False  # whether the base is read blind; whether the upper blocks forget where `opened` is true
-    temperature = 1.0  # of the base's actions
+
+    def __init__(self, temperature: float = 1.0):
+        self.temperature = temperature  # of the base's actions
 
     def steer(self, residual, batch, rows):
         """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D).
@@ -619,8 +636,9 @@ class CodePilot(Pilot):
 
     def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
-        self.meta, self.choose, self.threshold = meta, choose, c.threshold
-        self.blind, self.forget, self.temperature = c.blind == 1, c.forget, c.temperature
+        super().__init__(c.temperature)
+        self.meta, self.choose = meta, choose
+        self.blind, self.forget = c.blind == 1, c.forget
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
         self.first = True
@@ -628,7 +646,7 @@ class CodePilot(Pilot):
     def steer(self, residual, batch, rows):
         history = self.history[:, rows]
         self.gate = self.meta.gate(residual, history[0], self.code[rows])
-        self.opened = (self.gate > self.threshold) | self.first
+        self.opened = (self.gate > self.meta.threshold) | self.first
         self.first = False
         if self.opened.any():
             self.code[rows[self.opened]] = self.choose(residual[self.opened], rows[self.opened])
@@ -767,10 +785,11 @@ def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     return -(gain * mask).sum() / mask.sum()
 
 
-def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob) -> None:
+def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob, enough: float = math.inf) -> None:
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest rate.
+    It ends early if the success of a batch is `enough`.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
@@ -784,6 +803,8 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
         batch, success = play(rng)
         episodes += c.rl_batch
         curve.append((episodes, success))
+        if success >= enough:
+            return
         # advantage
         advantage = terminal_advantage(batch.reward)
         # update: without a single success every advantage is zero, and there is nothing to learn from
@@ -821,7 +842,7 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, free=0.0, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
+    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
     least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
@@ -830,15 +851,15 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, free=0.18, blind=0.36, forget=True, kl_weight=0.1, rl_episodes=200_000,
+            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
         ),
         "paper": PAPER,
     },
     "ant": {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
-            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3, free=0.43,
-            blind=1.0, gate_bias=-4.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, rl_lr=1e-3, eval_episodes=512,
+            pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3,
+            blind=1.0, gate_bias=-4.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
@@ -1070,6 +1091,7 @@ class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, run: Run, B: int, labels: Labels):
+        super().__init__()
         self.run, self.labels = run, labels
         self.blind, self.forget = run.config.blind == 1, run.config.forget
         self.subgoal = torch.full((B,), -1, device=run.device)
@@ -1086,24 +1108,24 @@ class LabelPilot(Pilot):
 # ----------------------------------------------------------------------------------------------------
 
 
-def play_actions(run: Run, model: BaseModel, count: int, rng, failures: int = 16) -> tuple[Decisions, float]:
+def play_actions(run: Run, model: BaseModel, count: int, rng, failures=16, temperature=1.0) -> tuple[Decisions, float]:
     """Raw-action RL plays `count` episodes -> decisions, which are actions, and success.
 
     It learns from all successes and some `failures`, drawn at random, because episodes are long. The gradient is
     that of the whole batch on average, up to a factor."""
-    batch, _ = rollout(run, model, Pilot(), run.world.batch(count, rng))
+    batch, _ = rollout(run, model, Pilot(temperature), run.world.batch(count, rng))
     kept = batch.reward > 0
     failed = torch.nonzero(~kept)[:, 0]
     kept[failed[torch.randperm(len(failed), device=failed.device)[:failures]]] = True
     return Decisions(*(part[kept] for part in batch)), batch.reward.mean().item()
 
 
-def raw_rl(run: Run, base: BaseModel) -> BaseModel:
+def raw_rl(run: Run, base: BaseModel, temperature: float = 1.0) -> BaseModel:
     """The baseline: fine-tune a copy of the base on raw actions, with as many episodes."""
     c = run.config
     model = copy.deepcopy(base).requires_grad_(True)
-    play = lambda rng: play_actions(run, model, c.rl_batch, rng)
-    log_prob = lambda obs, action: model.head(model(obs)).log_prob(action)
+    play = lambda rng: play_actions(run, model, c.rl_batch, rng, temperature=temperature)
+    log_prob = lambda obs, action: model.head(model(obs), temperature).log_prob(action)
     reinforce(run, "raw", model, c.raw_lr, play, log_prob)
     return model.requires_grad_(False)
 
@@ -1144,13 +1166,19 @@ def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
 
 @torch.no_grad()
 def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
-    """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, and KL of the proposals (N, T)."""
+    """Codes (N, T, Z), adopted where the gate (N, T) is above the threshold, KL of the proposals (N, T), and loss of
+    the base that they steer (N, T)."""
     found = []
     for part in episodes.chunks():
         obs = run.tensor(part.obs[:, :-1])
-        residual, _ = base.lower(obs, each_alone(obs) if run.config.blind == 1 else None)  # as in phase 3
+        faded = each_alone(obs) if run.config.blind == 1 else None  # as in phase 3
+        residual, _ = base.lower(obs, faded)
         proposal, kl = propose(run, base, meta, part, rng)
-        found.append((*meta.integrate(residual, proposal, run.config.threshold), kl))
+        code, gate = meta.integrate(residual, proposal, meta.threshold)
+        if run.config.forget:
+            faded = forget_at((gate > meta.threshold).float()) + (0 if faded is None else faded)
+        features, _ = base.upper(meta.control(residual, code), faded)
+        found.append((code, gate, kl, action_nll(run, base, features, part)))
     return [torch.cat(column) for column in zip(*found)]
 
 
@@ -1188,8 +1216,8 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     """When the gate opens, what the codes mean there, and what random codes achieve."""
     base, rng, episodes = models["pretrain"], run.seeded("evaluate"), run.held_out()
     subgoal, changed = subgoals(run.world, episodes)
-    code, gate, kl = encode(run, base, meta, episodes, rng)
-    opened = (gate > run.config.threshold).cpu().numpy() & episodes.mask
+    code, gate, kl, nll = encode(run, base, meta, episodes, rng)
+    opened = (gate > meta.threshold).cpu().numpy() & episodes.mask
     about_gate = measure_gate(run, opened, changed, episodes.mask, rng)
     about_random_codes = measure_random_codes(run, base, meta, rng)
     for i, steps in enumerate(episodes.lengths[:3]):
@@ -1199,6 +1227,8 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     named = [code[opened & (subgoal == k)] for k in range(len(run.world.subgoals))]
     return {
         **about_gate,
+        "steered_nats": nll.sum(1).mean().item(),
+        "kl_nats": kl.sum(1).mean().item(),
         "kl_per_switch_nats": (kl * opened).sum().item() / opened.sum().item(),
         "code_accuracy": fit_readout(run, code[opened], subgoal[opened]),
         **about_random_codes,
@@ -1206,8 +1236,8 @@ def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     }
 
 
-def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
-    """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1).
+def transition_counts(world: envs.World, visited: np.ndarray) -> np.ndarray:
+    """How often subgoal b was completed next after subgoal a, in roaming episodes: (subgoals, subgoals + 1).
 
     visited (N, T) holds the colour visited by each step or -1. A subgoal is completed when its colours are visited
     one after the other; the last column counts what completes none."""
@@ -1219,17 +1249,25 @@ def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
         done = [number.get(tuple(sequence[i : i + length]), n) for i in range(len(sequence) - length + 1)]
         for a, b in zip(done, done[length:]):
             counts[a, b] += 1
-    return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))[:n]
+    return counts[:n]
 
 
-def fit_readout(run: Run, inputs, labels) -> float:
-    """Held-out accuracy of a small MLP's read-out; the second half is held out.
+def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
+    """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1)."""
+    counts = transition_counts(world, visited)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+
+def fit_readout(run: Run, inputs, labels, hidden: int = 64) -> float:
+    """Held-out accuracy of a small MLP's read-out (hidden 0: a linear one); the second half is held out.
 
     inputs (N, F), labels (N,), in the order of their episodes, so that the halves share at most one."""
     half = len(inputs) // 2
     torch.manual_seed(0)
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
-    net = nn.Sequential(nn.Linear(inputs.shape[1], 64), nn.ReLU(), nn.Linear(64, int(labels.max()) + 1)).to(run.device)
+    F_in, classes = inputs.shape[1], int(labels.max()) + 1
+    mlp = lambda: nn.Sequential(nn.Linear(F_in, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+    net = (mlp() if hidden else nn.Linear(F_in, classes)).to(run.device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(300):
         loss = F.cross_entropy(net(inputs[:half]), labels[:half])
@@ -1250,6 +1288,245 @@ def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
     """Success in the RL task of the fine-tuned base on fresh episodes."""
     return {"raw_rl_success": play_actions(run, model, 4 * run.config.eval_episodes, run.seeded("evaluate"))[1]}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The paper's other claims (--phase claims)
+#
+# In: the models of a finished run. Out: for each claim what we measured, and whether it holds here. The last line of
+# each function is the rule for that. The method needs none of this. The last two claims need other training: their
+# numbers are those of all runs below the folder `--runs`.
+# ----------------------------------------------------------------------------------------------------
+
+
+def share_of(successes: float, count: int) -> list[float]:
+    """A share and its 95 % interval (Wilson's). After 0 successes in N trials the interval ends at 3.8 / N."""
+    p, z2 = successes / count, 1.96**2
+    middle, half = p + z2 / (2 * count), (z2 * p * (1 - p) / count + (z2 / (2 * count)) ** 2) ** 0.5
+    return [p, max(0.0, middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)]
+
+
+def at_depth(base: BaseModel, block: int) -> BaseModel:
+    """The same base with the same weights, steered after another block; 0: after its embedding."""
+    other = copy.copy(base)
+    other.control_block = block
+    return other
+
+
+def claim_belief(run: Run, models: dict, others: list):
+    """The subgoal can be read off the residual stream linearly, best from mid-depth on (Fig. 3). Blind: what a step
+    alone tells. The read-out learns from the first half of the held-out episodes."""
+    episodes, found = run.held_out(), {"all steps so far": [], "blind": []}
+    subgoal = run.tensor(subgoals(run.world, episodes)[0][episodes.mask])
+    for block in range(run.config.layers + 1):
+        lower = at_depth(models["pretrain"], block).lower
+        for name, faded in (("all steps so far", lambda obs: None), ("blind", each_alone)):
+            with torch.no_grad():
+                chunks = [(run.tensor(part.obs[:, :-1]), run.tensor(part.mask)) for part in episodes.chunks()]
+                residual = torch.cat([lower(obs, faded(obs))[0][mask] for obs, mask in chunks])
+            found[name].append(fit_readout(run, residual, subgoal, hidden=0))
+    embedding, *rest = found["all steps so far"]
+    return found, min(rest[len(rest) // 2 :]) > max(embedding, *found["blind"]) + 0.05
+
+
+def claim_depth(run: Run, models: dict, others: list):
+    """Controllers of true subgoals steer best near the middle (Fig. 4): labels after each block, trained alike."""
+    success = []
+    for block in range(run.config.layers + 1):
+        base = at_depth(models["pretrain"], block)
+        success.append(measure_labels(run, train_labels(run, base), {"pretrain": base})["steer_success"])
+    return {"success of labels": success}, max(success[1:-1]) > max(success[0], success[-1]) + 0.05
+
+
+def claim_gate(run: Run, models: dict, others: list):
+    """The gate opens where the subgoal changes (Figs. 6, A3). Beside it a rule: open after each visit to a colour."""
+    metrics, episodes, near = run.saved["discover"]["metrics"], run.held_out(), run.world.tolerance
+    changed = subgoals(run.world, episodes)[1]
+    visit = (np.diff(episodes.goal, axis=1, prepend=episodes.goal[:, :1]) != 0) & episodes.mask
+    found = {f"{what}, gate": metrics[f"switch_{what}"] for what in ("precision", "recall")}
+    rule = {"precision, rule": share_near(visit, changed, near), "recall, rule": share_near(changed, visit, near)}
+    return found | rule, min(found.values()) > 0.95
+
+
+class TwoCodes(CodePilot):
+    """Each agent has a first code, (B, Z), and a second one. That comes when the gate opens next. At the step `when`
+    the gate is opened by force."""
+
+    def __init__(self, run: Run, meta: Metacontroller, first, second, when: int = -1):
+        super().__init__(run, len(first), meta, lambda residual, rows: (first, second)[self.step > 0][rows])
+        self.when, self.step = when, 0
+
+    def steer(self, residual, batch, rows):
+        self.first = self.step in (0, self.when)
+        controlled = super().steer(residual, batch, rows)
+        self.step += 1
+        return controlled
+
+
+def claim_goal(run: Run, models: dict, others: list):
+    """A code is a goal, whatever came before (App. B.3.2). Each agent gets the mean code of one subgoal, then that of
+    another: half a leg after its start, or when it has arrived, as in the unseen transitions of the RL task."""
+    rng, count, world = run.seeded("claims"), 4 * run.config.eval_episodes, run.world
+    codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
+    roam = lambda pilot: rollout(run, models["pretrain"], pilot, world.batch(count, rng, roam=True))[1]
+
+    def visits(pairs, when=-1):
+        first, second = pairs[rng.integers(len(pairs), size=count)].T
+        return second, roam(TwoCodes(run, models["discover"], codes[first], codes[second], when))
+
+    found, goal = {}, run.held_out().goal
+    half = max(1, round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2))
+    for name, when in (("its colour is next, code kept", -1), ("its colour is next, code replaced", half)):
+        second, visited = visits(np.argwhere(~np.eye(len(codes), dtype=bool)), when)
+        late = (visited[:, :half] < 0).all(axis=1)  # no visit before the code was replaced
+        arrived = visited[np.arange(count), (visited >= 0).argmax(axis=1)] == np.array(world.subgoals)[second, 0]
+        found[name] = share_of(arrived[late].sum(), late.sum())
+    unseen = sorted(world.transitions(world.rl_task))
+    for name, visited in (("base alone", roam(Pilot(run.config.temperature))), ("codes", visits(np.array(unseen))[1])):
+        first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial for each episode
+        counts = transition_counts(world, np.where(first_two, visited, -1))
+        done, tried = sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a, _ in unseen)
+        found[f"unseen transition, {name}"] = share_of(done, tried)
+    shares = [share for share, *_ in found.values()]
+    return found, shares[1] > shares[0] + 0.05 and shares[3] > shares[2] + 0.05
+
+
+def right_visits(world: envs.World, visited) -> np.ndarray:
+    """How many visits of the RL task each episode makes before a wrong one or its end; visited (N, T) -> (N,)."""
+    sequences, task = [row[row >= 0][: len(world.rl_task)] for row in visited], np.array(world.rl_task)
+    return np.array([(sequence == task[: len(sequence)]).cumprod().sum() for sequence in sequences])
+
+
+def claim_explore(run: Run, models: dict, others: list):
+    """Before anything is learned, random codes succeed more often than raw actions (Fig. A5): by more than twice the
+    deviation of the difference. A base at a temperature of a million moves at random."""
+    c, base, meta = run.config, models["pretrain"], models["discover"]
+    rng, restless, found, solved = run.seeded("claims"), copy.copy(meta), {}, {}
+    draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
+    restless.force_open = True
+    pilots = {
+        "random codes": lambda: CodePilot(run, c.rl_batch, meta, draw),
+        "random codes, gate forced open": lambda: CodePilot(run, c.rl_batch, restless, draw),
+        "the base alone": lambda: Pilot(),
+        f"the base alone, temperature {c.temperature}": lambda: Pilot(c.temperature),
+        "random moves": lambda: Pilot(1e6),
+    }
+    for name, pilot in pilots.items():
+        play = lambda: rollout(run, base, pilot(), run.world.batch(c.rl_batch, rng))[1]
+        right = np.concatenate([right_visits(run.world, play()) for _ in range(100)])
+        reached = right[:, None] > np.arange(len(run.world.rl_task))  # (N, visits)
+        solved[name] = reached[:, -1].sum()
+        found[name] = {"solved": share_of(solved[name], len(reached)), "by visit": reached.mean(axis=0).tolist()}
+        print(f"{name}: {solved[name]} of {len(reached):,}", flush=True)
+    codes, _, *raw = solved.values()
+    return found, all(codes - other > 2 * (codes + other) ** 0.5 for other in raw)
+
+
+def imitate(run: Run, model: BaseModel, rng, enough) -> None:
+    """Train on experts of the RL task until enough() is true."""
+    experts, optimiser = copy.copy(run), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    experts.world = replace(run.world, pretrain_tasks=(run.world.rl_task,))
+    for step, episodes in zip(range(2000), expert_batches(experts, rng, run.config.discover_batch)):
+        if step % 10 == 0 and enough():
+            return
+        update(model, pretrain_loss(experts, model, episodes)[0] / episodes.lengths.mean(), [optimiser], 1.0)
+
+
+def gradient_signal(model: nn.Module, play, log_prob, clip: float, batches: int = 512) -> dict:
+    """The policy gradient of a model in small batches: squared length of its mean, divided by the variance of a
+    batch's gradient, summed over parameters. Beside it the success and the decisions of an episode."""
+    total = squares = success = decisions = 0.0
+    for _ in range(batches):
+        batch, solved = play()
+        loss = policy_loss(
+            log_prob(batch.inputs, batch.chosen), batch.log_prob, terminal_advantage(batch.reward), batch.mask, clip
+        )
+        parts = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        gradient = torch.cat([part.flatten() for part in parts if part is not None])
+        total, squares = total + gradient, squares + gradient.square().sum()
+        success, decisions = success + solved / batches, decisions + batch.mask.sum(1).mean().item() / batches
+    variance = (squares - total.square().sum() / batches) / (batches - 1)
+    signal = (total / batches).square().sum() - variance / batches  # without what chance adds to it
+    return {"signal": (signal / variance).item(), "success": success, "decisions": decisions}
+
+
+def claim_credit(run: Run, models: dict, others: list):
+    """The policy gradient over codes is less noisy than that over actions, at about equal success (App. E.2). A policy
+    over codes learns by RL until it solves .3 of a batch. A copy of the base imitates experts of the RL task until it
+    does, too."""
+    c, base, meta, rng = run.config, models["pretrain"], models["discover"], run.seeded("claims")
+    policy, model = Policy(c).to(run.device), copy.deepcopy(base).requires_grad_(True)
+    code_prob = lambda residual, code: policy(residual)[0].log_prob(code)
+    move_prob = lambda obs, action: model.head(model(obs)).log_prob(action)
+    play_codes_of = lambda rng, count=c.rl_batch: play_codes(run, base, meta, policy, count, rng)
+    play_moves = lambda count: play_actions(run, model, count, rng, failures=count)
+    reinforce(run, "rl", policy, c.rl_lr, play_codes_of, code_prob, enough=0.3)
+    imitate(run, model, rng, enough=lambda: play_moves(c.rl_batch)[1] >= 0.3)
+    codes = gradient_signal(policy, lambda: play_codes_of(rng, 64), code_prob, c.rl_clip)
+    moves = gradient_signal(model, lambda: play_moves(64), move_prob, c.rl_clip)
+    found = {f"{key}, codes": value for key, value in codes.items()}
+    found |= {f"{key}, moves": value for key, value in moves.items()}
+    equal = min(codes["success"], moves["success"]) > 0.2 and abs(codes["success"] - moves["success"]) < 0.15
+    return found, equal and codes["signal"] > moves["signal"]
+
+
+def claim_raw(run: Run, models: dict, others: list):
+    """RL on raw actions fails (Figs. 8, A5), also with ten times the episodes, at the temperature of internal RL."""
+    c, long = run.config, copy.copy(run)
+    long.config, long.curves = replace(c, rl_episodes=10 * c.rl_episodes), {}
+    raw_rl(long, models["pretrain"], c.temperature)
+    success = [success for _, success in long.curves["raw"]]
+    share = lambda part: share_of(sum(part) * c.rl_batch, len(part) * c.rl_batch)
+    found = {"solved in training": share(success), "in the last tenth": share(success[-max(1, len(success) // 10) :])}
+    return found, found["in the last tenth"][2] < 0.01
+
+
+def claim_controls(run: Run, models: dict, others: list):
+    """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
+    own = run.saved["rl"]["metrics"]["internal_rl_success"]
+    runs = lambda wanted: [m["internal_rl_success"] for c, m in others if wanted(c) and "internal_rl_success" in m]
+    found = {"gate forced open": runs(lambda c: c["force_open"]), "co-trained": runs(lambda c: c["cotrain"])}
+    return found | {"internal RL": [own]}, own > 0.5 and all(each and max(each) < 0.05 for each in found.values())
+
+
+def claim_rate(run: Run, models: dict, others: list):
+    """Freezing is essential (Fig. 7): at some price of the code most runs switch where the subgoal changes on a frozen
+    base, at none on one that learned jointly. A run: [price, KL, loss, openings, 1 if precision and recall > .95]."""
+    found = {"frozen": [], "co-trained": []}
+    for c, m in others:
+        if "kl_nats" in m and not c["force_open"]:
+            aligned = float(min(m["switch_precision"], m["switch_recall"]) > 0.95)
+            row = [c["kl_weight"], m["kl_nats"], m["steered_nats"], m["switches_per_episode"], aligned]
+            found["co-trained" if c["cotrain"] else "frozen"].append(row)
+    best = {}
+    for name, rows in found.items():
+        prices = {price for price, *_ in rows}
+        best[name] = max((np.mean([row[-1] for row in rows if row[0] == price]) for price in prices), default=math.nan)
+    return found, best["frozen"] >= 0.5 > best["co-trained"]
+
+
+TRAINED = "pretrain", "discover", "rl"  # the stages of the method
+
+
+class Claim(NamedTuple):
+    """A claim of the paper, how to draw it, and a function (run, models, other runs) -> numbers, whether it holds."""
+
+    needs: tuple[str, ...]  # stages of the run; "--runs": control experiments
+    drawn: str  # as a line over "blocks" or "visits", as "points" or, on a log scale, "log", or as a "curve"
+    measure: object
+
+
+CLAIMS = {
+    "belief": Claim(TRAINED[:1], "blocks", claim_belief),
+    "depth": Claim(TRAINED[:1], "blocks", claim_depth),
+    "gate": Claim(TRAINED[:2], "points", claim_gate),
+    "goal": Claim(TRAINED[:2], "points", claim_goal),
+    "explore": Claim(TRAINED[:2], "visits", claim_explore),
+    "credit": Claim(TRAINED[:2], "log", claim_credit),
+    "raw": Claim(TRAINED[:1], "points", claim_raw),
+    "controls": Claim((*TRAINED, "--runs"), "points", claim_controls),
+    "rate": Claim(("pretrain", "--runs"), "curve", claim_rate),
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1334,6 +1611,35 @@ def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     for number, code in enumerate(codes):
         draw_code(axes[number], run, models, number, code)
     draw_curves(axes["curves"], seeds)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110))
+
+
+def draw_claims(seeds: list[dict], path: Path) -> None:
+    """A panel for each claim, with all seeds. Marks and lines differ, so that it can be read in grey."""
+    names = [name for name in CLAIMS if all(name in claims for claims in seeds)]
+    figure = new_figure(figsize=(13, 3.4 * -(-len(names) // 3)))
+    for axis, name in zip(figure.subplots(-(-len(names) // 3), 3, squeeze=False).flat, names):
+        drawn, holds = CLAIMS[name].drawn, sum(claims[name]["holds"] for claims in seeds)
+        axis.set_title(f"{name}: holds on {holds:.0f} of {len(seeds)} seeds", fontsize=10)
+        for claims in seeds:
+            for row, (label, value) in enumerate(claims[name]["numbers"].items()):
+                style, label = ("ko-", "ks--", "k^:", "kx-.", "kv-")[row % 5], label if claims is seeds[0] else None
+                if drawn == "blocks":
+                    axis.plot(value, style, label=label)
+                elif drawn == "visits":
+                    axis.semilogy(range(1, len(value["by visit"]) + 1), value["by visit"], style, label=label)
+                elif drawn == "curve":
+                    for _, kl, nats, _, aligned in value:
+                        axis.plot(kl, nats, style[:2], fillstyle="full" if aligned else "none")
+                    axis.plot([], [], style[:2], label=label)
+                else:
+                    axis.plot(value, np.full(np.size(value), row), "ko-")
+        if drawn in ("points", "log"):
+            axis.set(yticks=range(row + 1), yticklabels=claims[name]["numbers"], ylim=(-0.7, row + 0.7))
+            axis.set_xscale("log" if drawn == "log" else "linear")
+        else:
+            axis.set_xlabel({"curve": "KL, nats; above: loss, nats; filled: aligned"}.get(drawn, drawn))
+            axis.legend(fontsize=7)
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
@@ -1461,7 +1767,9 @@ class Failure(Exception):
 
 
 # Offsets that keep random streams apart: a stage depends on (config, seed, the stages that it needs) alone.
-STREAMS = {"pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8}
+STREAMS = {
+    "pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8, "claims": 9,
+}  # fmt: skip
 
 
 class Run:
@@ -1525,7 +1833,7 @@ class Stage(NamedTuple):
 STAGES = {
     "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
     "steer": Stage("pretrain", ("pretrain",), "steer_steps", train_labels, Labels, measure_labels),
-    "discover": Stage("discover", ("pretrain",), "threshold", discover, Metacontroller, measure_codes),
+    "discover": Stage("discover", ("pretrain",), "temperature", discover, Metacontroller, measure_codes),
     "rl": Stage("rl", ("pretrain", "discover"), "rl_clip", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
@@ -1546,18 +1854,29 @@ def write_json(path: Path, content) -> None:
     write_whole(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
-TRAINED = "pretrain", "discover", "rl"  # what it takes to watch a run
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--out {out}: cannot write there ({getattr(error, 'strerror', error)})") from None
 
 
 def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
-    watched: the stages that `phase` needs if it is "watch".
+    watched: the stages that `phase` needs if it is "watch" or "claims".
 
     Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs."""
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
-    needed = {*watched} if phase == "watch" else {need for name in wanted for need in STAGES[name].needs} - {*wanted}
+    needed = {need for name in wanted for need in STAGES[name].needs} - {*wanted}
+    needed = {*watched} if phase in ("watch", "claims") else needed
     mine = (run.out or SHIPPED) / "run.pt"
     own = os.path.exists(mine)  # False for a name that cannot be one, too
     path = SHIPPED / f"{run.name}.pt" if needed and not own else mine
@@ -1565,7 +1884,8 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
         saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
         if {*saved} - {*STAGES} or any({*part} != {"config", "seed", "model", "metrics"} for part in saved.values()):
             raise KeyError
-        run.saved = {name: saved[name] for name in STAGES if name in saved and (own or name in needed)}
+        kept = lambda name: own or name in needed or phase == "claims"
+        run.saved = {name: saved[name] for name in STAGES if name in saved and kept(name)}
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
     names, ours = ["seed", *asdict(run.config)], {"seed": run.seed, **asdict(run.config)}
@@ -1579,7 +1899,7 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
     typical = SHIPPED / f"{run.name}.json"  # whose minutes tell how long this run may take
-    shipped = json.loads(typical.read_text(encoding="utf-8"))["seeds"] if typical.exists() else [{}]
+    shipped = read_json(typical)["seeds"] if typical.exists() else [{}]
     minutes = lambda name: float(np.mean([metrics.get(f"minutes_{name}", 0.0) for metrics in shipped]))
     run.plan = {name: minutes(name) for name in wanted if name not in run.saved}
     return path
@@ -1615,6 +1935,8 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
     run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain, "model": model.state_dict()}
+    if run.config.cotrain and name == "discover":  # then the base has changed, too
+        run.saved["pretrain"]["model"] = models["pretrain"].state_dict()
     packed = io.BytesIO()  # writing to a disk that is full is an OSError then
     torch.save(run.saved, packed)
     write_whole(run.out / "run.pt", lambda file: file.write_bytes(packed.getvalue()))
@@ -1631,10 +1953,7 @@ def forget_metrics(path: Path, phase: str) -> None:
 
 def run_seed(run: Run, phase: str) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
-    try:
-        run.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise Failure(f"--out {run.out}: cannot write there ({getattr(error, 'strerror', error)})") from None
+    make_folder(run.out)
     write_json(run.out / "config.json", {"seed": run.seed, **asdict(run.config)})
     models, metrics = {}, {"seed": run.seed}
     for name, stage in STAGES.items():
@@ -1645,6 +1964,36 @@ def run_seed(run: Run, phase: str) -> dict:
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     return metrics
+
+
+CHANGED_BY_CONTROLS = "kl_weight", "force_open", "cotrain", "discover_steps"  # all else is as in this run
+
+
+def check_claims(run: Run, others: list) -> dict:
+    """Measure the claims that `claims.json` of this run does not have yet -> seed, config and claims.
+    others: (config, metrics) of the control experiments."""
+    path, started, quiet = load_saved(run, "claims", TRAINED[:1]), time.time(), copy.copy(run)
+    quiet.out = None  # the run's own metrics.csv stays as it is
+    print(f"The claims of the paper, on {path} and {len(others)} control experiments, to {run.out}", flush=True)
+    make_folder(run.out)
+    models, file = {name: load_model(run, name) for name in run.saved}, run.out / "claims.json"
+    result = {"seed": run.seed, "config": asdict(run.config), "claims": {}}
+    before = read_json(file)["seeds"][0] if file.exists() else {}
+    if {**before, "claims": {}} == result:
+        result = before
+    for number, (name, claim) in enumerate(CLAIMS.items(), 1):
+        lacking = {*claim.needs} - {*models} - ({"--runs"} if others else set())
+        what = f"left out, needs {', '.join(sorted(lacking))}" if lacking else claim.measure.__doc__
+        print(f"{number}/{len(CLAIMS)} {name}: {what}", flush=True)
+        if not lacking and (name not in result["claims"] or "--runs" in claim.needs):
+            measured, holds = claim.measure(quiet, models, others)
+            part = {"holds": bool(holds), "numbers": measured}
+            result["claims"][name] = json.loads(json.dumps(part, default=float))
+            write_json(file, {"seeds": [result]})
+        if name in result["claims"]:
+            part, minutes = result["claims"][name], (time.time() - started) / 60
+            print(f"holds: {part['holds']}; {part['numbers']}; {minutes:.1f} min", flush=True)
+    return result
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -1685,7 +2034,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--env", choices=list(PRESETS), default="grid", help="which tasks")
     parser.add_argument("--preset", choices=list(PRESETS["grid"]), default="classroom", help="sizes and schedules")
-    phases = ["pretrain", "discover", "rl", "all", "watch"]
+    phases = ["pretrain", "discover", "rl", "all", "watch", "claims"]
     parser.add_argument("--phase", choices=phases, default="all", help="what to run")
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
     parser.add_argument("--seed", type=seeds, default="0", help="seed, or several: 0,1,2 (then all are collected)")
@@ -1693,6 +2042,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
     parser.add_argument("--no-figures", action="store_true", help="do not draw (matplotlib is not needed then)")
+    parser.add_argument("--runs", default="runs/claims", help="with --phase claims: folder of the control experiments")
     group = parser.add_argument_group("with --phase watch, of a trained run")
     group.add_argument("--watch_episodes", type=between(int, 1, 10**6), help="how many [3; one with --code]")
     group.add_argument("--fps", type=between(float, 0, 1000), help="steps shown in a second, 0: no waiting [4]")
@@ -1795,6 +2145,16 @@ def run_command(args, argv) -> int:
     runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}", name=name) for seed in args.seed]
     if args.phase == "watch":
         return watch(runs[0], args)
+    if args.phase == "claims":
+        paths = sorted(Path(args.runs).rglob("results.json"))
+        others = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
+        ours = {key: value for key, value in asdict(config).items() if key not in CHANGED_BY_CONTROLS}
+        others = [(theirs, metrics) for theirs, metrics in others if ours.items() <= theirs.items()]
+        seeds = [check_claims(run, others) for run in runs]
+        write_json(folder / "claims.json", {"seeds": seeds})
+        if not args.no_figures:
+            draw_claims([result["claims"] for result in seeds], folder / "claims.png")
+        return 0
     for run in runs:
         load_saved(run, args.phase)  # a mismatch must stop us before anything is written
     results = []

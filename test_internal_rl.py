@@ -814,7 +814,7 @@ def test_encoder_by_hand():
 
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 @pytest.mark.parametrize("changes", [
-    {}, {"blind": 0.0, "free": 0.0, "shuffle": False, "swiglu": False, "relative_obs": False}, {"world": "ant"},
+    {}, {"blind": 0.0, "shuffle": False, "swiglu": False, "relative_obs": False}, {"world": "ant"},
 ], ids=["grid", "paper", "ant"])  # fmt: skip
 def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, progress):
     """The action loss alone (no KL) gives every metacontroller parameter a gradient through the frozen base, which
@@ -828,11 +828,11 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, pr
 
 
 def test_schedule_of_discovery():
-    """For the first share `free` of phase 2 the KL costs nothing, then for as long ever more. For the first share
-    `blind` all episodes are read blind, half as long later none is any more, between them half of the episodes. With
-    `blind` 1 all are; with 0, as in the paper, none ever is."""
-    run = make_run(free=0.1, blind=0.4)
-    assert [ir.kl_charge(run.config, p) for p in (0, 0.1, 0.15, 0.2, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
+    """For the first share `blind` of phase 2 all episodes are read blind, half as long later none is any more, between
+    them half of the episodes. With `blind` 1 all are; with 0, as in the paper, none ever is. The KL costs nothing for
+    half of the blind share, and its price from its end on; with `blind` 0 always."""
+    run = make_run(blind=0.4)
+    assert [ir.kl_charge(run.config, p) for p in (0, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
     share = lambda progress: (ir.draw_blind(run, torch.zeros(4000, 3, 6), progress)[:, 1:] < 0).float().mean(0)
     assert (share(0) == 1).all() and (share(0.4) == 1).all() and (share(0.61) == 0).all() and (share(1) == 0).all()
     assert 0.45 < share(0.5)[0] < 0.55 and share(0.5).shape == (2,)
@@ -852,13 +852,13 @@ def test_code_kl_is_that_of_gaussians():
 
 
 @BOTH
-@pytest.mark.parametrize("progress, forget", [(0.13, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True)])
+@pytest.mark.parametrize("progress, forget", [(0.23, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True)])
 def test_discovery_loss_by_hand(name, progress, forget):
     """The loss is the action loss of the steered base plus a share of kl_weight times the KL to N(0, I) of the
     proposals, read off a shuffled view. The encoder reads the entries and the last observation, all of it blind;
     between entries the proposal is N(0, I). The gate reads the real episode. A blind episode is read blind below the
     controller and above. With `forget`, the upper blocks forget all up to an opening of the gate."""
-    run = make_run(world=name, kl_weight=0.7, free=0.1, blind=0.4, forget=forget)
+    run = make_run(world=name, kl_weight=0.7, blind=0.4, forget=forget)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
     upper, integrate, read, given, found = base.upper, meta.integrate, [], [], []
     lower = base.lower
@@ -869,7 +869,7 @@ def test_discovery_loss_by_hand(name, progress, forget):
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask, (faded, _, above) = found[0], torch.from_numpy(episodes.mask), read
     blind = int((faded[:, 1] < 0).sum())
-    assert blind in {0.13: [12], 0.5: range(1, 12), 1.0: [0]}[progress]
+    assert blind in {0.23: [12], 0.5: range(1, 12), 1.0: [0]}[progress]
     assert 0.01 < gate[:, 1:].mean() < 0.99
     residual, proposal = given[0]
     assert torch.equal(residual, base.lower(torch.from_numpy(episodes.obs[:, :-1]), faded)[0])
@@ -889,7 +889,27 @@ def test_discovery_loss_by_hand(name, progress, forget):
     nll = -base.head(features).log_prob(torch.from_numpy(episodes.target))
     expected = {"nll": (nll * mask).sum().item() / 12, "kl": kl, "gates": (gate * mask).sum().item() / 12}
     assert stats == pytest.approx(expected, rel=1e-4)
-    assert loss.item() == pytest.approx(expected["nll"] + min(1, 10 * progress - 1) * 0.7 * kl, rel=1e-4)
+    assert loss.item() == pytest.approx(expected["nll"] + min(1, 5 * progress - 1) * 0.7 * kl, rel=1e-4)
+
+
+def test_switches_of_the_control_experiments():
+    """With `force_open` the gate is 1 at every step, soft or hard, and in a rollout every step is a decision. With
+    `cotrain` the base that is given begins anew and learns in phase 2, and is frozen afterwards; else it stays."""
+    run, base, _, policy = make_players("small", force_open=True)
+    meta, codes, batch = make_meta(run), ir.PolicyCodes(run, 20, policy), run.world.batch(20, np.random.default_rng(0))
+    code, gate = meta.integrate(torch.randn(3, 7, 16), proposal := torch.randn(3, 7, 4), 0.5)
+    assert torch.equal(code, proposal) and (gate == 1).all()
+    played, _ = ir.rollout(run, base, ir.CodePilot(run, 20, meta, codes), batch)
+    assert sum(len(rows) for rows, *_ in codes.made) == played.mask.sum()
+    for cotrain in (False, True):
+        run = make_run(**SHORT, cotrain=cotrain)
+        base = wake(ir.BaseModel(run.config)).requires_grad_(False)
+        before, meta = copy_of(base), ir.discover(run, base)
+        assert changed(base, before) == ({*before} if cotrain else set())
+        assert not any(p.requires_grad for model in (base, meta) for p in model.parameters())
+    run.seeded("discover"), ir.Metacontroller(run.config)
+    fresh = copy_of(ir.BaseModel(run.config))
+    assert all((base.state_dict()[name] - fresh[name]).abs().max() < 0.2 for name in fresh)
 
 
 def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
@@ -917,9 +937,10 @@ GRID_OF_THE_PAPER = {  # its App. A, C and D, tables A1 to A14; lambda and alpha
     "world": "paper", "layers": 6, "dim": 256, "mlp": 512, "swiglu": False, "relative_obs": False,
     "init_scale": 0.1, "control_block": 3, "blind_blocks": 0, "forget": False,
     "pretrain_steps": 256_000, "pretrain_batch": 1024, "pretrain_lr": 3e-4, "fast_optimiser": False, "obs_loss": 0.01,
-    "jumps": 0, "discover_batch": 512, "discover_lr": 1e-3, "rank": 16, "free": 0, "blind": 0, "steer_steps": 3200,
+    "jumps": 0, "discover_batch": 512, "discover_lr": 1e-3, "rank": 16, "blind": 0, "steer_steps": 3200,
     "history_dim": 32, "encoder_hidden": 64, "gate_bias": 0, "code_dim": 8, "shuffle": False,
-    "discover_steps": 64_000, "kl_weight": 0.17, "temperature": 1, "threshold": 0.5, "policy_dim": 256, "least_std": 0,
+    "discover_steps": 64_000, "kl_weight": 0.17, "force_open": False, "cotrain": False,
+    "temperature": 1, "policy_dim": 256, "least_std": 0,
     "rl_episodes": 100_000 * 1024, "rl_batch": 1024, "rl_lr": 3e-5, "rl_epochs": 1, "rl_minibatches": 1,
     "rl_clip": 0.2, "raw_lr": 3e-5,
 }  # fmt: skip
@@ -976,8 +997,9 @@ def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature):
     the gate. The actions are drawn from just these distributions: their mean log-probability is minus the entropy."""
     threshold = {1: 0.5, 0.3: 0.2, 2: 0.8}[temperature]
     run, base, meta, _ = make_players(
-        name, blind=blind, forget=forget, threshold=threshold, temperature=temperature, blind_blocks=int(forget)
+        name, blind=blind, forget=forget, temperature=temperature, blind_blocks=int(forget)
     )
+    meta.threshold = threshold
     pilot, opened = ir.CodePilot(run, 120, meta, lambda residual, rows: residual[:, :4]), []
     steer = pilot.steer
     pilot.steer = lambda residual, batch, rows: (steer(residual, batch, rows), opened.append((rows, pilot.opened)))[0]
@@ -1095,12 +1117,80 @@ def test_a_switch_close_to_a_change_is_a_hit(name, late, monkeypatch):
     _, _, goal, mask = run.held_out()
     change = (np.diff(goal, axis=1, prepend=goal[:, :1]) != 0) & mask
     gate = np.roll(change, late, axis=1) | (np.arange(change.shape[1]) == 0)
-    fake = torch.randn(*gate.shape, 4), torch.from_numpy(gate).float(), torch.ones(gate.shape)
+    fake = torch.randn(*gate.shape, 4), torch.from_numpy(gate).float(), *torch.ones(2, *gate.shape)
     monkeypatch.setattr(ir, "encode", lambda *arguments: fake)
     found = ir.measure_codes(run, meta, {"pretrain": base})
     scores, near = (found["switch_precision"], found["switch_recall"]), late <= (1 if name == "small" else 5)
     assert (scores[0] == 1 and scores[1] > 0.9) if near else max(scores) < 0.9
     assert found["true_changes_per_episode"] == change.sum() / 16 and found["random_switch_precision"] < 0.9
+
+
+def test_parts_of_the_claims_by_hand():
+    """Of 10 trials 5 succeeded: Wilson's interval is .237 to .763; of 1,000 none: up to .0038. A base steered after
+    another block has the same weights. Of the task 0-1-2-3-0-1 an episode that visits 0-1-3 has made two visits.
+    A first code is held until the gate opens or until the step asked for, then comes the second."""
+    assert ir.share_of(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
+    assert ir.share_of(0, 1000) == pytest.approx([0, 0, 0.00383], abs=1e-5)
+    run, base, meta, _ = make_players("small", layers=3)
+    obs = run.tensor(run.held_out().obs)
+    x = base.embed(obs)
+    for block in range(4):
+        assert torch.equal(ir.at_depth(base, block).lower(obs)[0], x)
+        x = base.blocks[block](x)[0] if block < 3 else x
+    assert base.control_block == 1 and ir.at_depth(base, 3).embed is base.embed
+    visited = np.array([[0, -1, 1, 3], [-1, -1, -1, -1], [1, 0, 1, 2], [0, 1, 2, -1]])
+    assert ir.right_visits(SMALL, visited).tolist() == [2, 0, 0, 3]
+    for gate, when, expected in ((0, 2, [1, 1, 2, 2]), (0, -1, [1, 1, 1, 1]), (1, 3, [1, 2, 2, 2])):
+        meta.gate = lambda residual, history, code, gate=gate: torch.full((len(code),), float(gate))
+        pilot, held = ir.TwoCodes(run, meta, torch.ones(5, 4), torch.full((5, 4), 2.0), when), []
+        for step in range(4):
+            pilot.steer(torch.randn(5, 16), None, torch.arange(5))
+            held.append(pilot.code[0, 0].item())
+            assert pilot.opened.all() == (step == 0 or gate == 1 or step == when)
+        assert held == expected
+
+
+def test_verdicts_on_control_experiments():
+    """The claim about controls holds if the run itself succeeds, and all of each kind of control fail. That about
+    freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those on bases
+    that learned jointly; not if one kind is missing."""
+    run = make_run()
+
+    def control(kind, success=0.0, price=0.1, recall=1.0):
+        config = {"force_open": kind == "forced", "cotrain": kind == "joint", "kl_weight": price}
+        gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
+        return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
+
+    for own, others, expected in (
+        (0.9, [control("forced"), control("joint")], True),
+        (0.1, [control("forced"), control("joint")], False),
+        (0.9, [control("forced"), control("joint"), control("joint", 0.5)], False),
+        (0.9, [control("joint")], False),
+    ):
+        run.saved = {"rl": {"metrics": {"internal_rl_success": own}}}
+        assert ir.claim_controls(run, {}, others)[1] is expected
+    for others, expected in (
+        ([control("frozen"), control("frozen", recall=0.2, price=0.3), control("joint", recall=0.2)], True),
+        ([control("frozen"), control("joint"), control("forced")], False),
+        ([control("frozen"), *[control("frozen", recall=0.2)] * 2, control("joint", recall=0.2)], False),
+        ([control("frozen")], False),
+    ):
+        assert bool(ir.claim_rate(run, {}, others)[1]) is expected
+
+
+def test_gradient_signal():
+    """The gradient of a bandit, taken in batches of four times the size, has four times the signal: its mean is the
+    same, its variance a quarter. If each batch gives the same gradient, there is no noise: the signal has no bound."""
+    found = {}
+    for size in (64, 256):
+        run = make_run(rl_batch=size)
+        policy = ir.Policy(run.config)
+        play, log_prob = bandit(run, policy)
+        found[size] = ir.gradient_signal(policy, lambda: play(None), log_prob, 0.5, batches=400)
+    assert 2.5 < found[256]["signal"] / found[64]["signal"] < 6
+    assert found[64]["decisions"] == pytest.approx(2) and found[64]["success"] == pytest.approx(0.16, abs=0.02)
+    same = play(None)
+    assert not 0 < ir.gradient_signal(policy, lambda: same, log_prob, 0.5, batches=4)["signal"] < 1e3
 
 
 def test_objective_by_hand():
@@ -1264,6 +1354,39 @@ def test_ant_runs(tmp_path):
     assert (tmp_path / "picture.png").exists()
 
 
+def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
+    """`--phase claims` measures each claim, writes numbers and verdicts, draws them, and measures none twice. Control
+    experiments are read from a folder. Without a later phase the claims that need it are left out, by name. The base
+    that was trained jointly is the one that is saved."""
+    for name in ("depth", "explore", "credit", "raw"):  # these take long
+        quick = Mock(return_value=({"a share": [0.5, 0.4, 0.6]}, True), __doc__=ir.CLAIMS[name].measure.__doc__)
+        monkeypatch.setitem(ir.CLAIMS, name, ir.CLAIMS[name]._replace(measure=quick, drawn="points"))
+    before, claims, controls = contents(copied), ["--phase", "claims", "--runs"], tmp_path / "controls"
+    assert run_main(copied, *claims, "none") == 0
+    found = json.loads((copied / "claims.json").read_text())["seeds"][0]["claims"]
+    assert [*found] == ["belief", "depth", "gate", "goal", "explore", "credit", "raw"] and quick.call_count == 1
+    assert "rate: left out, needs --runs" in capsys.readouterr().out and (copied / "claims.png").exists()
+    base = torch.load(copied / "run.pt")["pretrain"]
+    for flag in ("--cotrain", "--force_open"):
+        (controls / flag).mkdir(parents=True)
+        torch.save({"pretrain": base}, controls / flag / "run.pt")
+        for phase in ("discover", "rl"):
+            assert run_main(controls / flag, flag, "true", "--no-figures", "--phase", phase) == 0
+    kept = torch.load(controls / "--cotrain" / "run.pt")["pretrain"]["model"]
+    assert not torch.equal(kept["embed.agent"], base["model"]["embed.agent"])
+    assert run_main(copied, *claims, str(controls)) == 0 and quick.call_count == 1
+    found = json.loads((copied / "claims.json").read_text())["seeds"][0]["claims"]
+    assert [*found][-2:] == ["controls", "rate"] and not found["controls"]["holds"]  # as this run itself fails
+    assert {name: len(runs) for name, runs in found["controls"]["numbers"].items()} == {
+        "gate forced open": 1, "co-trained": 1, "internal RL": 1,
+    }  # fmt: skip
+    assert len(found["rate"]["numbers"]["co-trained"]) == 1 and found["rate"]["numbers"]["frozen"] == []
+    assert all(contents(copied)[name] == content for name, content in before.items())
+    torch.save({"pretrain": base}, copied / "run.pt")
+    assert run_main(copied, *claims, "none", "--no-figures") == 0
+    assert "gate: left out, needs discover" in capsys.readouterr().out
+
+
 def test_watching_a_trained_run(copied, capsys):
     """Each step shows the cells, the task with the visits done, the code in force, | where the gate opened; each
     episode where the last step led, its end and a count. --gif writes an animation of it."""
@@ -1283,7 +1406,7 @@ def test_watching_by_hand(copied, capsys, typed, monkeypatch):
     """A person's numbers choose the codes, what is no number is asked for again, and the end of the input leaves with
     status 0. One code for good is what --code does, and a visit ends nothing then."""
     monkeypatch.setattr("builtins.input", asked := Mock(side_effect=[*typed, EOFError]))
-    assert run_main(copied, *"--phase watch --fps 0 --by_hand --threshold 0".split()) == 2  # another threshold
+    assert run_main(copied, *"--phase watch --fps 0 --by_hand --code_dim 3".split()) == 2  # another code
     picture = copied / "a.gif"
     assert run_main(copied, *"--phase watch --fps 0 --by_hand --watch_episodes 9 --gif".split(), str(picture)) == 0
     assert picture.exists() == bool(typed)
@@ -1312,7 +1435,7 @@ def test_later_phases_can_begin_with_the_trained_run_of_the_clone(copied, tmp_pa
     assert "classroom.pt: made with --dim" in capsys.readouterr().err and not other.exists()
 
 
-@pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--blind 0.4", "--threshold 0.9", "--seed 1", "", "alien"])
+@pytest.mark.parametrize("flags", ["--dim 16", "--rank 8", "--blind 0.4", "--temperature 2", "--seed 1", "", "alien"])
 def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
     """A folder made with another value that its models depend on, a file that cannot be read or that another program
     wrote: status 2, one line that names it, nothing overwritten."""
@@ -1356,7 +1479,7 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     "--rl_episodes 1e5", "--preset huge", "--world large", "--forget some", "--dim 0", "--dim 2", "--dim abc",
     "--dim 1.5",
     "--dim 8", "--layers -1", "--control_block 9",
-    "--jumps 1.5", "--jumps -0.1", "--jumps nan", "--temperature 0", "--threshold 2", "--shuffle maybe", "--dim 18",
+    "--jumps 1.5", "--jumps -0.1", "--jumps nan", "--temperature 0", "--cotrain 2", "--shuffle maybe", "--dim 18",
     "--rl_batch 0", "--seed -1", "--seed x", "--seed 1,1", "--seed 0,", "--seed 99999999999999999999",
     "--threads -1", "--threads 2000", "--threads x", "--device tpu", "--device cuda",
     "--pretrain_lr nan", "--pretrain_lr inf", "--pretrain_lr -1", "--obs_loss -1", "--kl_weight nan",
