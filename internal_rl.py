@@ -167,7 +167,8 @@ class Config:
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for. There memory can also fade in part.
+# episode began at this step. Phase 2 says what this is good for. Memory can also fade: then a step looks at earlier
+# steps, but gives them less weight.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -625,7 +626,7 @@ class Pilot:
         self.temperature = temperature  # of the base's actions
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the living episodes `rows` (B,) -> controlled residual (B, D).
+        """residual (B, D) of the episodes `rows` (B,), which have not ended -> controlled residual (B, D).
         batch: the episodes themselves. Only `LabelPilot` may look into them."""
         return residual
 
@@ -677,7 +678,7 @@ def by_episode(steps: list[tuple]) -> list:
 def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisions, np.ndarray]:
     """Play the episodes of a batch to their ends -> all actions, and the colour visited by each step (B, T), else -1.
 
-    Episodes step together, and are dropped when they end: the cost follows the living."""
+    Episodes step together. Those that have ended are dropped, so that nothing is computed for them."""
     alive, steps = np.arange(len(batch)), []
     lower_past = upper_past = None  # what the base remembers
     opened = torch.zeros(len(batch), run.world.limit, device=run.device)  # 1 where a gate was open

@@ -1590,6 +1590,20 @@ def test_numbers_of_the_readme():
         assert {row[0]: row[1 + i].strip() for row in rows} == {row[0]: shown(seeds, row[0]) for row in rows}
 
 
+def test_claims_of_the_readme():
+    """The README has a row for each claim in results/claims.json, with its verdict. Every number with a point in the
+    row's third cell is one of that claim's numbers there, rounded."""
+    claims = json.loads(source("results/claims.json"))["seeds"][0]["claims"]
+    rows = re.findall(r"^\| `(\w+)`: [^|]*\|[^|]*\|([^|]*)\| (yes|no) \|$", source("README.md"), re.M)
+    assert [name for name, *_ in rows] == [*claims]
+    for name, ours, verdict in rows:
+        numbers = [float(found) for found in re.findall(r"[\d.]+(?:e-\d+)?", json.dumps(claims[name]["numbers"]))]
+        assert claims[name]["holds"] == (verdict == "yes")
+        for told in re.findall(r"\d*\.\d+", ours):
+            digits = len(told.split(".")[1])
+            assert any(f"{number:.{digits}f}".lstrip("0") == told.lstrip("0") for number in numbers), (name, told)
+
+
 @pytest.mark.parametrize("env, preset", [("grid", "classroom"), ("grid", "laptop"), ("ant", "classroom")])
 def test_the_trained_runs_of_the_clone_are_of_todays_presets(env, preset):
     """The models in results/ are seed 0 of the preset that the code has now, as is checked before they are watched."""
