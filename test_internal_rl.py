@@ -1599,9 +1599,9 @@ def test_claims_of_the_readme():
     for name, ours, verdict in rows:
         numbers = [float(found) for found in re.findall(r"[\d.]+(?:e-\d+)?", json.dumps(claims[name]["numbers"]))]
         assert claims[name]["holds"] == (verdict == "yes")
-        for told in re.findall(r"\d*\.\d+", ours):
-            digits = len(told.split(".")[1])
-            assert any(f"{number:.{digits}f}".lstrip("0") == told.lstrip("0") for number in numbers), (name, told)
+        for told, digits, power in re.findall(r"(\d*\.(\d+)(e-\d+)?)", ours):
+            form = f".{len(digits)}{'e' if power else 'f'}"
+            assert told.lstrip("0") in {format(number, form).lstrip("0") for number in numbers}, (name, told)
 
 
 @pytest.mark.parametrize("env, preset", [("grid", "classroom"), ("grid", "laptop"), ("ant", "classroom")])
