@@ -1862,7 +1862,10 @@ SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come 
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Failure(f"{path}: not a file of ours ({type(error).__name__}); delete it") from None
 
 
 def make_folder(out: Path) -> None:

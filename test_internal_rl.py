@@ -1357,7 +1357,7 @@ def test_ant_runs(tmp_path):
 def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
     """`--phase claims` measures each claim, writes numbers and verdicts, draws them, and measures none twice. Control
     experiments are read from a folder. Without a later phase the claims that need it are left out, by name. The base
-    that was trained jointly is the one that is saved."""
+    that was trained jointly is the one that is saved. A control without its config is refused in one line."""
     for name in ("depth", "explore", "credit", "raw"):  # these take long
         quick = Mock(return_value=({"a share": [0.5, 0.4, 0.6]}, True), __doc__=ir.CLAIMS[name].measure.__doc__)
         monkeypatch.setitem(ir.CLAIMS, name, ir.CLAIMS[name]._replace(measure=quick, drawn="points"))
@@ -1385,6 +1385,8 @@ def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
     torch.save({"pretrain": base}, copied / "run.pt")
     assert run_main(copied, *claims, "none", "--no-figures") == 0
     assert "gate: left out, needs discover" in capsys.readouterr().out
+    (controls / "--cotrain" / "config.json").unlink()
+    assert run_main(copied, *claims, str(controls)) == 2 and "config.json" in one_line(capsys)
 
 
 def test_watching_a_trained_run(copied, capsys):
