@@ -620,10 +620,9 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 class Pilot:
     """What steers the base while it acts. This one leaves it alone."""
 
-    blind = forget = False  # whether the base is read blind; whether the upper blocks forget where `opened` is true
-
-    def __init__(self, temperature: float = 1.0):
+    def __init__(self, temperature: float = 1.0, blind=False, forget=False):
         self.temperature = temperature  # of the base's actions
+        self.blind, self.forget = blind, forget  # the base is read blind; upper blocks forget where `opened`
 
     def steer(self, residual, batch, rows):
         """residual (B, D) of the episodes `rows` (B,), which have not ended -> controlled residual (B, D).
@@ -637,9 +636,8 @@ class CodePilot(Pilot):
 
     def __init__(self, run: Run, B: int, meta: Metacontroller, choose):
         c, device = run.config, run.device
-        super().__init__(c.temperature)
+        super().__init__(c.temperature, c.blind == 1, c.forget)
         self.meta, self.choose = meta, choose
-        self.blind, self.forget = c.blind == 1, c.forget
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
         self.first = True
@@ -1092,9 +1090,8 @@ class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, run: Run, B: int, labels: Labels):
-        super().__init__()
+        super().__init__(blind=run.config.blind == 1, forget=run.config.forget)
         self.run, self.labels = run, labels
-        self.blind, self.forget = run.config.blind == 1, run.config.forget
         self.subgoal = torch.full((B,), -1, device=run.device)
 
     def steer(self, residual, batch, rows):
@@ -1266,9 +1263,9 @@ def fit_readout(run: Run, inputs, labels, hidden: int = 64) -> float:
     half = len(inputs) // 2
     torch.manual_seed(0)
     inputs = (inputs - inputs[:half].mean(0)) / (inputs[:half].std(0) + 1e-6)
-    F_in, classes = inputs.shape[1], int(labels.max()) + 1
-    mlp = lambda: nn.Sequential(nn.Linear(F_in, hidden), nn.ReLU(), nn.Linear(hidden, classes))
-    net = (mlp() if hidden else nn.Linear(F_in, classes)).to(run.device)
+    width, classes = inputs.shape[1], int(labels.max()) + 1
+    first = [nn.Linear(width, hidden), nn.ReLU()] if hidden else []
+    net = nn.Sequential(*first, nn.Linear(hidden or width, classes)).to(run.device)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     for _ in range(300):
         loss = F.cross_entropy(net(inputs[:half]), labels[:half])
@@ -1973,7 +1970,13 @@ def run_seed(run: Run, phase: str) -> dict:
     return metrics
 
 
-CHANGED_BY_CONTROLS = "kl_weight", "force_open", "cotrain", "discover_steps"  # all else is as in this run
+def control_runs(folder: Path, config: Config) -> list[tuple[dict, dict]]:
+    """(config, metrics) of all runs below the folder whose other settings are those of this config."""
+    changed = "kl_weight", "force_open", "cotrain", "discover_steps"  # by control experiments
+    ours = {name: value for name, value in asdict(config).items() if name not in changed}
+    paths = sorted(folder.rglob("results.json"))
+    found = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
+    return [(theirs, metrics) for theirs, metrics in found if ours.items() <= theirs.items()]
 
 
 def check_claims(run: Run, others: list) -> dict:
@@ -2153,14 +2156,11 @@ def run_command(args, argv) -> int:
     if args.phase == "watch":
         return watch(runs[0], args)
     if args.phase == "claims":
-        paths = sorted(Path(args.runs).rglob("results.json"))
-        others = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
-        ours = {key: value for key, value in asdict(config).items() if key not in CHANGED_BY_CONTROLS}
-        others = [(theirs, metrics) for theirs, metrics in others if ours.items() <= theirs.items()]
-        seeds = [check_claims(run, others) for run in runs]
-        write_json(folder / "claims.json", {"seeds": seeds})
+        others = control_runs(Path(args.runs), config)
+        results = [check_claims(run, others) for run in runs]
+        write_json(folder / "claims.json", {"seeds": results})
         if not args.no_figures:
-            draw_claims([result["claims"] for result in seeds], folder / "claims.png")
+            draw_claims([result["claims"] for result in results], folder / "claims.png")
         return 0
     for run in runs:
         load_saved(run, args.phase)  # a mismatch must stop us before anything is written
