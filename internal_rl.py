@@ -9,14 +9,15 @@ The problem. On a small grid with four colours, an agent must make six visits: 0
 and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
 model was trained to imitate experts. Each expert's episode has three visits, in one of 16 orders. None goes from 0 to
 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the
-six visits is right, if those before it were:
+six visits is right when all visits before it were right. The product is the chance of a success:
 
     the imitator acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
     random *codes* steer the same imitator:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
 
 So RL on raw actions, which starts from the imitator, sees no reward and learns nothing. RL on codes sees some. A code
-is a few numbers that make the imitator walk to one colour. Nobody tells the model which codes there are: it finds them
-in the trajectories of the experts. This takes three phases, in the order of this file:
+is a few numbers that make the imitator walk to one colour, whatever it visited before, so also from 0 to 1. Nobody
+tells the model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in
+the order of this file:
 
     1. pretrain: a sequence model, the *base*, learns to predict the next action of experts whose goals are hidden.
        Then it is frozen. The vector that its layers pass on is the *residual stream*.
@@ -24,13 +25,14 @@ in the trajectories of the experts. This takes three phases, in the order of thi
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. It
-       proposes codes. A *gate* sees the residuals up to now and the code in force. It decides when a proposal
-       replaces that code. The code becomes a matrix U_t, which acts between the blocks.
+       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. (This
+       hides directions and places, but not goals.) The encoder proposes codes. A *gate* sees the residuals up to now
+       and the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t, which acts
+       between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
-       residuals e_1 ... e_t -> [gate] beta_t  1: adopt the proposal, 0: keep the code
+       residuals e_1 ... e_t, code z_t-1 -> [gate] beta_t   1: adopt the proposal, 0: keep the code
                                                                        |
                                                                     code z_t -> [decoder] -> U_t
                                                                                               |
@@ -94,6 +96,7 @@ import envs
 
 
 # Other names for int and float. They say which values a flag may have: `BOUNDS` has the least and the most of each.
+# (An annotation such as `Many` is kept as a string, by the import from __future__. So it can be looked up there.)
 Many = Count = Natural = int
 Chance = Weight = Rate = Bias = float
 BOUNDS = {
@@ -131,8 +134,8 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: share of phase 2 in which the base sees each step alone; 1: in phase 3, too
-    forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
+    blind: Chance = 0.65  # departure: for this share of phase 2 the base sees each step alone; 1: in phase 3, too
+    forget: bool = False  # departure: when the gate opens, the upper blocks forget that step and those before it
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -168,7 +171,8 @@ class Config:
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. Memory can also fade: then a step looks at earlier
-# steps, but gives them less weight.
+# steps, but gives them less weight. Each step has a number `faded`, which never rises. The more it falls from step s
+# to step t, the less weight step t gives to step s. A blind episode is one in which it falls far at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -194,7 +198,8 @@ class Attention(nn.Module):
         return torch.where(distance < exact, distance, coarse.clamp(max=self.BUCKETS - 1))
 
     def added_to_scores(self, T, S, faded):
-        """For the last T of S steps: a bias for the distance to each step, plus faded_t - faded_s; -inf ahead."""
+        """For the last T of S steps: a bias for the distance to each step, plus faded_t - faded_s; -inf ahead.
+        S counts the steps of the past, too; T those that are read now."""
         steps = torch.arange(S, device=self.bias.device)
         distance = steps[S - T :, None] - steps  # (T, S)
         added = self.bias[:, self.bucket(distance.clamp_min(0))][None]  # (1, HEADS, T, S)
@@ -206,7 +211,7 @@ class Attention(nn.Module):
         """x (B, T, D), past: keys and values of earlier steps -> y (B, T, D), past.
 
         faded (B, S), for all S steps up to now: step t's weight for step s is multiplied by exp(faded_t - faded_s),
-        before the weights are divided by their sum. None: by 1. That factor is the rest that is left of step s."""
+        before the weights are divided by their sum. None: by 1."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)  # (3, B, HEADS, T, .)
         queries, new = qkv[0], qkv[1:]
@@ -340,8 +345,9 @@ def shift_right(x):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
-    Encoder and gate each keep a history of what they read, by the same recurrent network, the GRU `history`. A second
-    GRU, `embedder`, makes the encoder's summary."""
+    Encoder and gate each keep a history of what they read: the encoder of the copy, the gate of the episode itself.
+    Both use the same recurrent network, the GRU `history` (paper: one h_t for both). A second GRU, `embedder`, makes
+    the encoder's summary of the whole episode."""
 
     threshold = 0.5  # a gate above this is open (paper)
 
@@ -358,21 +364,21 @@ class Metacontroller(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(Z, c.encoder_hidden // 2), nn.SiLU())
         self.controller = Controller(c, M=c.encoder_hidden // 2 + 1)
         nn.init.constant_(self.switch[2].bias, c.gate_bias)
-        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: noise must not drown the mean
+        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a sample must not drown its mean
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, residual, last):
-        """Gaussians of the proposals: residual (B, N, D) at the N steps that are read -> mean, log_std (B, N, Z).
+        """Gaussians of the proposals: residual (B, N, D) at N steps, those that `propose` picks -> mean and log_std
+        (B, N, Z). Of each step the encoder reads the residual, the history before it, and the episode's summary.
 
-        The encoder reads the residual at the step, the history before it, and a summary of the whole episode.
-        last (B,): where the last step of each episode stands; what comes after it is padding."""
+        last (B,): the place of each episode's last step among the N; what comes after it is padding."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
-        backwards = (last[:, None] - steps).clamp_min(0)  # from the last row to the first, then row 0 again
+        backwards = (last[:, None] - steps).clamp_min(0)  # steps last, last - 1, ... 0; then 0 again, as padding
         from_the_end = self.embedder(x[rows[:, None], backwards])[0]
         summary = from_the_end[rows, last]  # (B, H): it has read back to the start
         summary = summary[:, None].expand(-1, x.shape[1], -1)
@@ -393,8 +399,9 @@ class Metacontroller(nn.Module):
             code         10    10    10    40    45    45
 
         In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
-        *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. Measurements use
-        that. In phase 3 there is no whole episode to read; there `CodePilot` does the same, one step at a time.
+        *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. RL needs that, as a
+        policy must know when it decides; measurements use it, too. In phase 3 there is no whole episode to read. There
+        `CodePilot` does the same as this function, one step at a time.
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
         history = shift_right(self.history(self.read(residual))[0])
@@ -410,7 +417,8 @@ class Metacontroller(nn.Module):
         return torch.stack(codes, dim=1), torch.stack(gates, dim=1)
 
     def control(self, residual, code):
-        """Steer: (B, T, D), (B, T, Z) -> (B, T, D). Weights w = [decoder(z), 1]: all codes share the last pair."""
+        """Steer: residual (B, T, D), code (B, T, Z) -> (B, T, D). Weights w = [decoder(z), 1]. The 1 gives inn(w) and
+        out(w) a part that is the same for all codes, like a bias."""
         weight = F.pad(self.decoder(code), (0, 1), value=1.0)
         return self.controller(residual, weight)
 
@@ -418,7 +426,7 @@ class Metacontroller(nn.Module):
 def code_kl(mean, log_std):
     """KL( N(mean, std^2) || N(0, I) ) in nats, (B, T, Z) -> (B, T): what a proposal tells beyond pure noise.
 
-    N(0, I) is the *prior*: what a code looks like when nobody has said anything. A proposal equal to it is free."""
+    N(0, I) is the *prior*: what a code looks like when nobody has said anything. To propose it is free."""
     return 0.5 * (mean**2 + torch.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
 
 
@@ -431,11 +439,12 @@ def code_kl(mean, log_std):
 # Each phase is a function of a `run` and of the models of earlier phases. A run (`Run`, near the end of the file)
 # holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
 # shows progress, `run.tensor` turns a numpy array into a tensor. A phase depends on config, seed and earlier phases.
+# `update` is one step of the optimisers, `rate` how the learning rate falls: a share of its peak. Both come later.
 #
-# Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. Many
-# episodes begin on a colour. So the model learns what to do on cells where no expert passes, to which a controller may
-# lead it. A blind base takes every step for the first one of an episode. After a visit the agent stands on a colour.
-# That is why some episodes must begin on a colour.
+# Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
+# model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
+# on a colour. In phase 2 we shall read the model blind, as if each step were the first of its episode. The step after
+# a visit is then a first step on a colour, so the model must know such starts.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -486,12 +495,12 @@ def pretrain(run: Run) -> BaseModel:
 # expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
 # the goal, once, when it changes.
 #
-# Why does the gate open where the goal changes, and stay shut at other steps? Every proposal pays its KL, whether the
-# gate adopts it or not. If the gate opened at each step, each proposal would have to name the goal, and to pay for it.
-# If it opens once, one proposal names the goal. All others can be pure noise, N(0, I), which costs nothing. To adopt
-# noise would destroy the code in force, so the gate learns to stay shut at those steps. It finds the right moment in
-# the residual: the agent has just arrived on a colour. (This is the paper's reason. It is not the only one: on the
-# small grid the gate opens at the same steps with `--kl_weight 0`. We do not know why.)
+# Why does the gate open where the goal changes, and stay shut at other steps? To open costs nothing. What costs is a
+# proposal that says something, and it costs that at every step, adopted or not. So at most steps the encoder proposes
+# pure noise, N(0, I), which is free. To adopt noise would destroy the code in force, and the base would predict worse.
+# So the gate learns to stay shut at these steps. One proposal for each goal is enough. The gate adopts it when the
+# agent has just arrived on a colour, which it reads off the residual. (This is the paper's reason. It is not the only
+# one: on the small grid the gate opens at the same steps with `--kl_weight 0`. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -500,20 +509,23 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (The base of the 7x7 grid, phases 2 and 3: the steps after the last opening of the gate. The ant's: each step alone.)
-# The encoder reads what the lower blocks make of each step of the copy, one step at a time, and connects the steps.
-# Gate and policy see a step through its residual. Where the base has memory, that tells of earlier steps, too.
+# Each of them sees steps through the residuals of the lower blocks. Gate, encoder and policy remember the residuals
+# that they have read by GRUs of their own, so they connect the steps even when the base is blind.
 #
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. The copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
 #    little left to tell. A code would only say "the first or the second of these two", and none would mean "go to 1",
-#    which RL needs after 0. A blind base must be told the goal itself. Later, ever more episodes are read with memory,
-#    so that controllers learn to steer the base as it is in phase 3. The codes keep their meaning meanwhile. In the
-#    first half of the blind part the KL costs nothing.
-# On the paper's 7x7 grid a subgoal is a pair of colours. A blind base cannot know whether the first was visited.
-# And a base that remembers everything overrules the code: after 0-1 it goes on as experts do. So the preset `laptop`
-# has a blind block below the controller, and with `forget` the blocks above it forget when the gate opens.
+#    which RL needs after 0. A blind base must be told the goal itself, so a code comes to mean "go to 1" after any
+#    colour. (That is why random codes make the forbidden visits in one case of five.) Later, ever more episodes are
+#    read with memory, so that controllers learn to steer the base as it is in phase 3. The codes keep their meaning
+#    meanwhile. In the first half of the blind part the KL costs nothing.
+#
+# On the paper's 7x7 grid a subgoal is a pair of colours: first 0, then 1. A blind base cannot know whether 0 was
+# visited. A base that remembers everything overrules the code: after 0-1 it goes on as experts do. So in the preset
+# `laptop` the base remembers what happened since the gate opened, and nothing else: the block below the controller is
+# blind (`blind_blocks`), and the blocks above it forget when the gate opens (`forget`).
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -523,14 +535,15 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 
 def kl_charge(c: Config, progress: float) -> float:
-    """The share of the KL that is charged after this share of phase 2. With `blind` .6 it is 0 until .3, and 1 from .6
-    on: a code that nobody reads yet would be silenced by its price, and then nobody would learn to read it."""
+    """The share of the KL that is charged after this share of phase 2. With `blind` .65 it is 0 until .325, then it
+    rises, and is 1 from .65 on. At first nobody reads the code. If it had to pay its full price then, it would fall
+    silent, and nobody would learn to read it."""
     return ramp(progress, c.blind / 2, c.blind)
 
 
 def draw_blind(run: Run, obs, progress: float):
-    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .6 all are until
-    progress .6, then ever fewer, and none from .9 on."""
+    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all are until
+    progress .65, then ever fewer, and none from .975 on."""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
@@ -539,9 +552,10 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T). Where the gate (B, T) opens, at step s, that step sees itself alone, and later steps see neither
-    s nor what was before it. From step t - 1 to t a rest of (1 - beta_t)(1 - beta_t-1) is left, so a soft gate forgets
-    softly."""
+    """`faded` (B, T) of an episode in which memory ends where the gate (B, T) opens, say at step s. Step s sees itself
+    alone: the factor 1 - beta_t. Later steps do not see s either: the factor 1 - beta_t-1. For at s the agent stands
+    on the colour that it came for, which tells what experts do next. The product is the share of memory that outlives
+    one step, so a soft gate forgets softly. 1e-4 keeps the logarithm finite."""
     kept = (1 - gate) * (1 - shift_right(gate))
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
@@ -551,17 +565,17 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
     Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
-    blind (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. A blind block cannot notice, as
-    it reads one step at a time. The encoder's GRUs connect the steps."""
+    blind (unless `blind` is 0), for in the copy the agent seems to jump from cell to cell."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     count = is_entry.sum(axis=1)
-    # The encoder reads the entries, one after the other, and the last observation, which shows the last visit.
+    # read[b]: the steps of episode b that the encoder reads. First its entries, then the last observation, which shows
+    # the last visit. That one is repeated as padding.
     read = np.tile(episodes.lengths[:, None], count.max() + 1)
-    proposes = np.arange(count.max() + 1) < count[:, None]  # where it reads an entry
+    proposes = np.arange(count.max() + 1) < count[:, None]  # True: read[b] has an entry there
     read[proposes] = np.nonzero(is_entry)[1]
     view = run.tensor(np.take_along_axis(view, read[..., None], axis=1))
-    faded = draw_blind(run, view, progress=0)  # as at the start of phase 2
+    faded = draw_blind(run, view, progress=0)  # all blind
     residual, _ = base.lower(view, faded)
     spoken = torch.cat(meta.encode(residual, run.tensor(count)), dim=-1)  # at entries
     gaussian = spoken.new_zeros(*is_entry.shape, spoken.shape[-1])  # at steps: mean 0, log_std 0 where nothing is said
@@ -593,7 +607,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
     """Train the metacontroller on the frozen base, then freeze it too."""
     c = run.config
     rng = run.seeded("discover")
-    learner = meta = Metacontroller(c).to(run.device)
+    meta = learner = Metacontroller(c).to(run.device)  # learner: all that learns
     optimisers = [torch.optim.AdamW(meta.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)]
     if c.cotrain:  # the base begins anew, and learns with the metacontroller
         base.load_state_dict(BaseModel(c).state_dict())
@@ -622,11 +636,12 @@ class Pilot:
 
     def __init__(self, temperature: float = 1.0, blind=False, forget=False):
         self.temperature = temperature  # of the base's actions
-        self.blind, self.forget = blind, forget  # the base is read blind; upper blocks forget where `opened`
+        self.blind = blind  # the base is read blind
+        self.forget = forget and not blind  # upper blocks forget where `opened`
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the episodes `rows` (B,), which have not ended -> controlled residual (B, D).
-        batch: the episodes themselves. Only `LabelPilot` may look into them."""
+        """residual (B, D) of the B episodes that have not ended -> controlled residual (B, D). rows (B,): the numbers
+        of these episodes. batch: the episodes themselves; only `LabelPilot` may look into them."""
         return residual
 
 
@@ -654,7 +669,8 @@ class CodePilot(Pilot):
 
 
 class Decisions(NamedTuple):
-    """B finished episodes of K decisions: an action at each step, or a code at each opening of the gate."""
+    """B finished episodes of K decisions each. RL on raw actions learns from actions, one at each step. Internal RL
+    learns from codes, one at each opening of the gate."""
 
     inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
     chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
@@ -664,8 +680,8 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """What was collected step by step, sorted by episodes. A step is (episode numbers (b,), parts (b, ...)); the first
-    step has all episodes. -> each part as (B, T, ...), zeros in the padding, and a mask (B, T)."""
+    """What was collected step by step, sorted by episodes. steps: tuples of episode numbers (N,) and parts (N, ...) of
+    the N episodes alive. The first step has all B. -> each part as (B, T, ...), 0 in the padding; a mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))
     order, counts = rows.argsort(stable=True), rows.bincount().tolist()
     parts = [part[order].split(counts) for part in (*parts, torch.ones(len(rows), device=rows.device))]
@@ -700,10 +716,11 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
             alive, kept = alive[~done], run.tensor(~done)
             batch.select(~done)
             lower_past, upper_past = ([part[:, kept] for part in past] for past in (lower_past, upper_past))
-        if pilot.blind:
+        if pilot.blind:  # the base remembers nothing
             lower_past = upper_past = None
-    *parts, gain, visited, mask = by_episode(steps)
-    return Decisions(*parts, mask, gain.sum(1)), visited.where(mask > 0, -1).cpu().numpy()
+    obs, action, log_prob, gain, visited, mask = by_episode(steps)
+    played = Decisions(obs, action, log_prob, mask, reward=gain.sum(1))
+    return played, visited.where(mask > 0, -1).cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -718,7 +735,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #
 # The policy's recurrent state advances at its decisions alone, and it gets only the residuals of those steps. Nobody
 # tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
-# begin. Six decisions share the credit for a success, not 28 moves.
+# begin. Six decisions share the credit for a success, not 28 moves. (If the gate opens more often, there are more.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -762,7 +779,7 @@ class PolicyCodes:
 
 
 def play_codes(run: Run, base, meta, policy: Policy, count: int, rng, sample=True) -> tuple[Decisions, float]:
-    """Internal RL plays `count` episodes -> its decisions, which are codes, and success."""
+    """Internal RL plays `count` episodes -> its decisions, which are codes, not the actions, and success."""
     codes = PolicyCodes(run, count, policy, sample)
     played, _ = rollout(run, base, CodePilot(run, count, meta, codes), run.world.batch(count, rng))
     return Decisions(*by_episode(codes.made), played.reward), played.reward.mean().item()
@@ -787,8 +804,8 @@ def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
 def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob, enough: float = math.inf) -> None:
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
-    play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest rate.
-    It ends early if the success of a batch is `enough`.
+    play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
+    rate. It ends early if the success of a batch is `enough` (a claim below uses this).
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
