@@ -655,16 +655,16 @@ class CodePilot(Pilot):
         self.meta, self.choose = meta, choose
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
-        self.first = True
+        self.step, self.forced = 0, (0,)  # steps at which the gate is opened by force: the first
 
     def steer(self, residual, batch, rows):
         history = self.history[:, rows]
         self.gate = self.meta.gate(residual, history[0], self.code[rows])
-        self.opened = (self.gate > self.meta.threshold) | self.first
-        self.first = False
+        self.opened = (self.gate > self.meta.threshold) | (self.step in self.forced)
         if self.opened.any():
             self.code[rows[self.opened]] = self.choose(residual[self.opened], rows[self.opened])
         _, self.history[:, rows] = self.meta.history(self.meta.read(residual)[:, None], history)
+        self.step += 1
         return self.meta.control(residual[:, None], self.code[rows][:, None])[:, 0]
 
 
@@ -811,7 +811,8 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
     successes are rare: each must move the policy far."""
     c, episodes = run.config, 0
-    rng, curve = run.seeded(phase), run.curves.setdefault(phase, [])
+    rng = run.seeded(phase)
+    curve = run.curves[phase] = []
     optimiser = torch.optim.Adam(model.parameters(), lr=peak)
     while episodes < c.rl_episodes:
         share = rate(c, episodes / c.rl_episodes)
@@ -1213,15 +1214,25 @@ def measure_gate(run: Run, opened, changed, mask, rng) -> dict:
     }
 
 
+def mean_codes(run: Run):
+    """The mean code of each true subgoal in expert episodes, as `measure_codes` saved them: (subgoals, Z)."""
+    return torch.tensor(run.saved["discover"]["metrics"]["mean_codes"], device=run.device)
+
+
+def random_codes(run: Run):
+    """Chooses codes from their prior, N(0, I), for a `CodePilot`."""
+    return lambda residual, rows: torch.randn(len(rows), run.config.code_dim, device=run.device)
+
+
 def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -> dict:
-    """What codes from the prior N(0, I) achieve: which subgoal follows which, and success in the RL task."""
-    c, world = run.config, run.world
-    draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
-    play = lambda count, roam: rollout(run, base, CodePilot(run, count, meta, draw), world.batch(count, rng, roam))
-    (_, visited), (trials, _) = play(c.eval_episodes, roam=True), play(4 * c.eval_episodes, roam=False)
-    table = transition_table(world, visited)
+    """What random codes achieve: which subgoal follows which, and success in the RL task."""
+    world, count, codes = run.world, run.config.eval_episodes, random_codes(run)
+    play = lambda count, roam: rollout(run, base, CodePilot(run, count, meta, codes), world.batch(count, rng, roam))
+    (_, visited), (trials, _) = play(count, roam=True), play(4 * count, roam=False)
+    counts = transition_counts(world, visited)
+    unseen = [counts[a, b] / max(counts[a].sum(), 1) for a, b in world.transitions(world.rl_task)]
     return {
-        "unseen_transition_probability": float(np.mean([table[pair] for pair in world.transitions(world.rl_task)])),
+        "unseen_transition_probability": float(np.mean(unseen)),
         "random_code_success": trials.reward.mean().item(),
         "counting_success": world.counting_success,
     }
@@ -1267,12 +1278,6 @@ def transition_counts(world: envs.World, visited: np.ndarray) -> np.ndarray:
     return counts[:n]
 
 
-def transition_table(world: envs.World, visited: np.ndarray) -> np.ndarray:
-    """p(next subgoal b | subgoal a was just completed) from roaming episodes: (subgoals, subgoals + 1)."""
-    counts = transition_counts(world, visited)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def fit_readout(run: Run, inputs, labels, hidden: int = 64) -> float:
     """Held-out accuracy of a small MLP's read-out (hidden 0: a linear one); the second half is held out.
 
@@ -1309,8 +1314,8 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 # The paper's other claims (--phase claims)
 #
 # In: the models of a finished run. Out: for each claim what we measured, and whether it holds here. The last line of
-# each function is the rule for that. The method needs none of this. The last two claims need other training: their
-# numbers are those of all runs below the folder `--runs`.
+# each function is the rule for that. The method needs none of this. The last two claims need other training: they get
+# the (config, metrics) of all runs below the folder `--runs`, not the models of this one.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1321,39 +1326,47 @@ def share_of(successes: float, count: int) -> list[float]:
     return [p, max(0.0, middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)]
 
 
-def at_depth(base: BaseModel, block: int) -> BaseModel:
-    """The same base with the same weights, steered after another block; 0: after its embedding."""
-    other = copy.copy(base)
-    other.control_block = block
-    return other
+def at_depths(base: BaseModel):
+    """The same base with the same weights, steered after its embedding, then after each block."""
+    for block in range(len(base.blocks) + 1):
+        other = copy.copy(base)
+        other.control_block = block
+        yield other
 
 
-def claim_belief(run: Run, models: dict, others: list):
+@torch.no_grad()
+def residuals(run: Run, base: BaseModel, episodes: envs.Episodes, blind: bool):
+    """The residual stream where it is steered, at all steps of all episodes: (steps, D)."""
+    found = []
+    for part in episodes.chunks():
+        obs = run.tensor(part.obs[:, :-1])
+        residual, _ = base.lower(obs, each_alone(obs) if blind else None)
+        found.append(residual[run.tensor(part.mask)])
+    return torch.cat(found)
+
+
+def claim_belief(run: Run, models: dict):
     """The subgoal can be read off the residual stream linearly, best from mid-depth on (Fig. 3). Blind: what a step
     alone tells. The read-out learns from the first half of the held-out episodes."""
     episodes, found = run.held_out(), {"all steps so far": [], "blind": []}
     subgoal = run.tensor(subgoals(run.world, episodes)[0][episodes.mask])
-    for block in range(run.config.layers + 1):
-        lower = at_depth(models["pretrain"], block).lower
-        for name, faded in (("all steps so far", lambda obs: None), ("blind", each_alone)):
-            with torch.no_grad():
-                chunks = [(run.tensor(part.obs[:, :-1]), run.tensor(part.mask)) for part in episodes.chunks()]
-                residual = torch.cat([lower(obs, faded(obs))[0][mask] for obs, mask in chunks])
-            found[name].append(fit_readout(run, residual, subgoal, hidden=0))
+    for base in at_depths(models["pretrain"]):
+        for name, accuracies in found.items():
+            inputs = residuals(run, base, episodes, blind=name == "blind")
+            accuracies.append(fit_readout(run, inputs, subgoal, hidden=0))
     embedding, *rest = found["all steps so far"]
     return found, min(rest[len(rest) // 2 :]) > max(embedding, *found["blind"]) + 0.05
 
 
-def claim_depth(run: Run, models: dict, others: list):
+def claim_depth(run: Run, models: dict):
     """Controllers of true subgoals steer best near the middle (Fig. 4): labels after each block, trained alike."""
-    success = []
-    for block in range(run.config.layers + 1):
-        base = at_depth(models["pretrain"], block)
-        success.append(measure_labels(run, train_labels(run, base), {"pretrain": base})["steer_success"])
+    bases = at_depths(models["pretrain"])
+    measured = [measure_labels(run, train_labels(run, base), {"pretrain": base}) for base in bases]
+    success = [metrics["steer_success"] for metrics in measured]
     return {"success of labels": success}, max(success[1:-1]) > max(success[0], success[-1]) + 0.05
 
 
-def claim_gate(run: Run, models: dict, others: list):
+def claim_gate(run: Run, models: dict):
     """The gate opens where the subgoal changes (Figs. 6, A3). Beside it a rule: open after each visit to a colour."""
     metrics, episodes, near = run.saved["discover"]["metrics"], run.held_out(), run.world.tolerance
     changed = subgoals(run.world, episodes)[1]
@@ -1363,47 +1376,39 @@ def claim_gate(run: Run, models: dict, others: list):
     return found | rule, min(found.values()) > 0.95
 
 
-class TwoCodes(CodePilot):
-    """Each agent has a first code, (B, Z), and a second one. That comes when the gate opens next. At the step `when`
-    the gate is opened by force."""
-
-    def __init__(self, run: Run, meta: Metacontroller, first, second, when: int = -1):
-        super().__init__(run, len(first), meta, lambda residual, rows: (first, second)[self.step > 0][rows])
-        self.when, self.step = when, 0
-
-    def steer(self, residual, batch, rows):
-        self.first = self.step in (0, self.when)
-        controlled = super().steer(residual, batch, rows)
-        self.step += 1
-        return controlled
+def unseen_share(world: envs.World, visited) -> list[float]:
+    """How often a transition of the RL task is made where it could be, in roaming episodes; visited (N, T)."""
+    first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial for each episode
+    counts, unseen = transition_counts(world, np.where(first_two, visited, -1)), world.transitions(world.rl_task)
+    return share_of(sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a, _ in unseen))
 
 
-def claim_goal(run: Run, models: dict, others: list):
+def claim_goal(run: Run, models: dict):
     """A code is a goal, whatever came before (App. B.3.2). Each agent gets the mean code of one subgoal, then that of
     another: half a leg after its start, or when it has arrived, as in the unseen transitions of the RL task."""
-    rng, count, world = run.seeded("claims"), 4 * run.config.eval_episodes, run.world
-    codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
-    roam = lambda pilot: rollout(run, models["pretrain"], pilot, world.batch(count, rng, roam=True))[1]
+    base, meta, world = models["pretrain"], models["discover"], run.world
+    rng, count, codes = run.seeded("claims"), 4 * run.config.eval_episodes, mean_codes(run)
+    roam = lambda pilot: rollout(run, base, pilot, world.batch(count, rng, roam=True))[1]
 
-    def visits(pairs, when=-1):
-        first, second = pairs[rng.integers(len(pairs), size=count)].T
-        return second, roam(TwoCodes(run, models["discover"], codes[first], codes[second], when))
+    def visits(pairs, *forced):
+        """Each agent has a pair of codes: the first, and from the next opening of the gate on the second."""
+        pair = pairs[rng.integers(len(pairs), size=count)].T
+        pilot = CodePilot(run, count, meta, lambda residual, rows: codes[pair[min(pilot.step, 1)]][rows])
+        pilot.forced = (0, *forced)
+        return pair[1], roam(pilot)
 
-    found, goal = {}, run.held_out().goal
+    found, goal, pairs = {}, run.held_out().goal, np.argwhere(~np.eye(len(codes), dtype=bool))
     half = max(1, round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2))
-    for name, when in (("its colour is next, code kept", -1), ("its colour is next, code replaced", half)):
-        second, visited = visits(np.argwhere(~np.eye(len(codes), dtype=bool)), when)
+    for name, forced in (("kept", ()), ("replaced", (half,))):
+        second, visited = visits(pairs, *forced)
         late = (visited[:, :half] < 0).all(axis=1)  # no visit before the code was replaced
         arrived = visited[np.arange(count), (visited >= 0).argmax(axis=1)] == np.array(world.subgoals)[second, 0]
-        found[name] = share_of(arrived[late].sum(), late.sum())
-    unseen = sorted(world.transitions(world.rl_task))
-    for name, visited in (("base alone", roam(Pilot(run.config.temperature))), ("codes", visits(np.array(unseen))[1])):
-        first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial for each episode
-        counts = transition_counts(world, np.where(first_two, visited, -1))
-        done, tried = sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a, _ in unseen)
-        found[f"unseen transition, {name}"] = share_of(done, tried)
-    shares = [share for share, *_ in found.values()]
-    return found, shares[1] > shares[0] + 0.05 and shares[3] > shares[2] + 0.05
+        found[f"its colour is next, code {name}"] = share_of(arrived[late].sum(), late.sum())
+    unseen = np.array(sorted(world.transitions(world.rl_task)))
+    found["unseen transition, base alone"] = unseen_share(world, roam(Pilot(run.config.temperature)))
+    found["unseen transition, codes"] = unseen_share(world, visits(unseen)[1])
+    kept, replaced, alone, coded = (share for share, *_ in found.values())
+    return found, replaced > kept + 0.05 and coded > alone + 0.05
 
 
 def right_visits(world: envs.World, visited) -> np.ndarray:
@@ -1412,28 +1417,26 @@ def right_visits(world: envs.World, visited) -> np.ndarray:
     return np.array([(sequence == task[: len(sequence)]).cumprod().sum() for sequence in sequences])
 
 
-def claim_explore(run: Run, models: dict, others: list):
+def claim_explore(run: Run, models: dict):
     """Before anything is learned, random codes succeed more often than raw actions (Fig. A5): by more than twice the
     deviation of the difference. A base at a temperature of a million moves at random."""
-    c, base, meta = run.config, models["pretrain"], models["discover"]
-    rng, restless, found, solved = run.seeded("claims"), copy.copy(meta), {}, {}
-    draw = lambda residual, rows: torch.randn(len(rows), c.code_dim, device=run.device)
+    c, base, meta, found = run.config, models["pretrain"], models["discover"], {}
+    rng, restless = run.seeded("claims"), copy.copy(meta)
     restless.force_open = True
     pilots = {
-        "random codes": lambda: CodePilot(run, c.rl_batch, meta, draw),
-        "random codes, gate forced open": lambda: CodePilot(run, c.rl_batch, restless, draw),
-        "the base alone": lambda: Pilot(),
+        "random codes": lambda: CodePilot(run, c.rl_batch, meta, random_codes(run)),
+        "random codes, gate forced open": lambda: CodePilot(run, c.rl_batch, restless, random_codes(run)),
+        "the base alone": Pilot,
         f"the base alone, temperature {c.temperature}": lambda: Pilot(c.temperature),
         "random moves": lambda: Pilot(1e6),
     }
     for name, pilot in pilots.items():
-        play = lambda: rollout(run, base, pilot(), run.world.batch(c.rl_batch, rng))[1]
-        right = np.concatenate([right_visits(run.world, play()) for _ in range(100)])
+        played = [rollout(run, base, pilot(), run.world.batch(c.rl_batch, rng))[1] for _ in range(100)]
+        right = np.concatenate([right_visits(run.world, visited) for visited in played])
         reached = right[:, None] > np.arange(len(run.world.rl_task))  # (N, visits)
-        solved[name] = reached[:, -1].sum()
-        found[name] = {"solved": share_of(solved[name], len(reached)), "by visit": reached.mean(axis=0).tolist()}
-        print(f"{name}: {solved[name]} of {len(reached):,}", flush=True)
-    codes, _, *raw = solved.values()
+        solved = share_of(reached[:, -1].sum(), len(reached))
+        found[name] = {"solved": solved, "by visit": reached.mean(axis=0).tolist()}
+    codes, _, *raw = (part["solved"][0] * len(reached) for part in found.values())
     return found, all(codes - other > 2 * (codes + other) ** 0.5 for other in raw)
 
 
@@ -1465,7 +1468,7 @@ def gradient_signal(model: nn.Module, play, log_prob, clip: float, batches: int 
     return {"signal": (signal / variance).item(), "success": success, "decisions": decisions}
 
 
-def claim_credit(run: Run, models: dict, others: list):
+def claim_credit(run: Run, models: dict):
     """The policy gradient over codes is less noisy than that over actions, at about equal success (App. E.2). A policy
     over codes learns by RL until it solves .3 of a batch. A copy of the base imitates experts of the RL task until it
     does, too."""
@@ -1473,19 +1476,18 @@ def claim_credit(run: Run, models: dict, others: list):
     policy, model = Policy(c).to(run.device), copy.deepcopy(base).requires_grad_(True)
     code_prob = lambda residual, code: policy(residual)[0].log_prob(code)
     move_prob = lambda obs, action: model.head(model(obs)).log_prob(action)
-    play_codes_of = lambda rng, count=c.rl_batch: play_codes(run, base, meta, policy, count, rng)
-    play_moves = lambda count: play_actions(run, model, count, rng, failures=count)
-    reinforce(run, "rl", policy, c.rl_lr, play_codes_of, code_prob, enough=0.3)
-    imitate(run, model, rng, enough=lambda: play_moves(c.rl_batch)[1] >= 0.3)
-    codes = gradient_signal(policy, lambda: play_codes_of(rng, 64), code_prob, c.rl_clip)
-    moves = gradient_signal(model, lambda: play_moves(64), move_prob, c.rl_clip)
-    found = {f"{key}, codes": value for key, value in codes.items()}
-    found |= {f"{key}, moves": value for key, value in moves.items()}
+    by_codes = lambda rng, count=c.rl_batch: play_codes(run, base, meta, policy, count, rng)
+    by_moves = lambda count: play_actions(run, model, count, rng, failures=count)
+    reinforce(run, "rl", policy, c.rl_lr, by_codes, code_prob, enough=0.3)
+    imitate(run, model, rng, enough=lambda: by_moves(c.rl_batch)[1] >= 0.3)
+    codes = gradient_signal(policy, lambda: by_codes(rng, 64), code_prob, c.rl_clip)
+    moves = gradient_signal(model, lambda: by_moves(64), move_prob, c.rl_clip)
+    found = {f"{key}, {name}": part[key] for name, part in (("codes", codes), ("moves", moves)) for key in part}
     equal = min(codes["success"], moves["success"]) > 0.2 and abs(codes["success"] - moves["success"]) < 0.15
     return found, equal and codes["signal"] > moves["signal"]
 
 
-def claim_raw(run: Run, models: dict, others: list):
+def claim_raw(run: Run, models: dict):
     """RL on raw actions fails (Figs. 8, A5), also with ten times the episodes, at the temperature of internal RL."""
     c, long = run.config, copy.copy(run)
     long.config, long.curves = replace(c, rl_episodes=10 * c.rl_episodes), {}
@@ -1496,7 +1498,7 @@ def claim_raw(run: Run, models: dict, others: list):
     return found, found["in the last tenth"][2] < 0.01
 
 
-def claim_controls(run: Run, models: dict, others: list):
+def claim_controls(run: Run, others: list):
     """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
     own = run.saved["rl"]["metrics"]["internal_rl_success"]
     runs = lambda wanted: [m["internal_rl_success"] for c, m in others if wanted(c) and "internal_rl_success" in m]
@@ -1504,44 +1506,27 @@ def claim_controls(run: Run, models: dict, others: list):
     return found | {"internal RL": [own]}, own > 0.5 and all(each and max(each) < 0.05 for each in found.values())
 
 
-def claim_rate(run: Run, models: dict, others: list):
+def claim_rate(run: Run, others: list):
     """Freezing is essential (Fig. 7): at some price of the code most runs switch where the subgoal changes on a frozen
     base, at none on one that learned jointly. A run: [price, KL, loss, openings, 1 if precision and recall > .95]."""
-    found = {"frozen": [], "co-trained": []}
+    found, most = {"frozen": [], "co-trained": []}, {}
     for c, m in others:
         if "kl_nats" in m and not c["force_open"]:
             aligned = float(min(m["switch_precision"], m["switch_recall"]) > 0.95)
             row = [c["kl_weight"], m["kl_nats"], m["steered_nats"], m["switches_per_episode"], aligned]
             found["co-trained" if c["cotrain"] else "frozen"].append(row)
-    best = {}
     for name, rows in found.items():
-        prices = {price for price, *_ in rows}
-        best[name] = max((np.mean([row[-1] for row in rows if row[0] == price]) for price in prices), default=math.nan)
-    return found, best["frozen"] >= 0.5 > best["co-trained"]
+        shares = [np.mean([row[-1] for row in rows if row[0] == price]) for price in {row[0] for row in rows}]
+        most[name] = max(shares, default=math.nan)
+    return found, most["frozen"] >= 0.5 > most["co-trained"]
 
 
 TRAINED = "pretrain", "discover", "rl"  # the stages of the method
-
-
-class Claim(NamedTuple):
-    """A claim of the paper, how to draw it, and a function (run, models, other runs) -> numbers, whether it holds."""
-
-    needs: tuple[str, ...]  # stages of the run; "--runs": control experiments
-    drawn: str  # as a line over "blocks" or "visits", as "points" or, on a log scale, "log", or as a "curve"
-    measure: object
-
-
-CLAIMS = {
-    "belief": Claim(TRAINED[:1], "blocks", claim_belief),
-    "depth": Claim(TRAINED[:1], "blocks", claim_depth),
-    "gate": Claim(TRAINED[:2], "points", claim_gate),
-    "goal": Claim(TRAINED[:2], "points", claim_goal),
-    "explore": Claim(TRAINED[:2], "visits", claim_explore),
-    "credit": Claim(TRAINED[:2], "log", claim_credit),
-    "raw": Claim(TRAINED[:1], "points", claim_raw),
-    "controls": Claim((*TRAINED, "--runs"), "points", claim_controls),
-    "rate": Claim(("pretrain", "--runs"), "curve", claim_rate),
-}
+CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (run, other runs) -> numbers, whether it holds
+CLAIMS = {  # (run, models) -> numbers, whether it holds
+    "belief": claim_belief, "depth": claim_depth, "gate": claim_gate, "goal": claim_goal, "explore": claim_explore,
+    "credit": claim_credit, "raw": claim_raw, **CONTROLS,
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1629,35 +1614,43 @@ def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
+LINES = {"belief": "after block", "depth": "after block", "explore": "visit"}  # claims drawn as lines over ...
+
+
+def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
+    """The numbers of one seed. Marks and lines differ, so that it can be read in grey."""
+    for row, (label, value) in enumerate(numbers.items()):
+        style, label = ("ko-", "ks--", "k^:", "kx-.", "kv-")[row % 5], label if labelled else None
+        if name == "explore":
+            axis.semilogy(range(1, len(value["by visit"]) + 1), value["by visit"], style, label=label)
+        elif name in LINES:
+            axis.plot(value, style, label=label)
+        elif name == "rate":
+            for _, kl, nats, _, aligned in value:
+                axis.plot(kl, nats, style[:2], fillstyle="full" if aligned else "none")
+            axis.plot([], [], style[:2], label=label)
+        else:  # a row for each number, with its interval
+            axis.plot(value, np.full(np.size(value), row), "ko-")
+            axis.set(yticks=range(row + 1), yticklabels=[*numbers][: row + 1], ylim=(-0.7, row + 0.7))
+    if name == "credit":
+        axis.set_xscale("log")
+    if name in LINES or name == "rate":
+        axis.set_xlabel(LINES.get(name, "KL, nats; above: loss, nats; filled: aligned"))
+        axis.legend(fontsize=7)
+
+
 def draw_claims(seeds: list[dict], path: Path) -> None:
-    """A panel for each claim, with all seeds. Marks and lines differ, so that it can be read in grey."""
+    """A panel for each claim, with all seeds."""
     names = [name for name in CLAIMS if all(name in claims for claims in seeds)]
     figure = new_figure(figsize=(13, 3.4 * -(-len(names) // 3)))
     axes = figure.subplots(-(-len(names) // 3), 3, squeeze=False).flat
     for axis in axes[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes, names):
-        drawn, holds = CLAIMS[name].drawn, sum(claims[name]["holds"] for claims in seeds)
-        axis.set_title(f"{name}: holds on {holds:.0f} of {len(seeds)} seeds", fontsize=10)
+        holds = sum(claims[name]["holds"] for claims in seeds)
+        axis.set_title(f"{name}: holds on {holds} of {len(seeds)} seeds", fontsize=10)
         for claims in seeds:
-            for row, (label, value) in enumerate(claims[name]["numbers"].items()):
-                style, label = ("ko-", "ks--", "k^:", "kx-.", "kv-")[row % 5], label if claims is seeds[0] else None
-                if drawn == "blocks":
-                    axis.plot(value, style, label=label)
-                elif drawn == "visits":
-                    axis.semilogy(range(1, len(value["by visit"]) + 1), value["by visit"], style, label=label)
-                elif drawn == "curve":
-                    for _, kl, nats, _, aligned in value:
-                        axis.plot(kl, nats, style[:2], fillstyle="full" if aligned else "none")
-                    axis.plot([], [], style[:2], label=label)
-                else:
-                    axis.plot(value, np.full(np.size(value), row), "ko-")
-        if drawn in ("points", "log"):
-            axis.set(yticks=range(row + 1), yticklabels=claims[name]["numbers"], ylim=(-0.7, row + 0.7))
-            axis.set_xscale("log" if drawn == "log" else "linear")
-        else:
-            axis.set_xlabel({"curve": "KL, nats; above: loss, nats; filled: aligned"}.get(drawn, drawn))
-            axis.legend(fontsize=7)
+            draw_claim(axis, name, claims[name]["numbers"], labelled=claims is seeds[0])
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
@@ -1741,7 +1734,7 @@ def watch(run: Run, args) -> int:
     needed = TRAINED[:2] if by_number else TRAINED
     path = load_saved(run, "watch", needed)
     models = {name: load_model(run, name) for name in needed}
-    codes = run.tensor(np.array(run.saved["discover"]["metrics"]["mean_codes"], dtype=np.float32))
+    codes = mean_codes(run)
     rng, episodes, solved, fps = run.seeded("watch"), [], 0, 4 if args.fps is None else args.fps
     print(f"The trained run {path}. Codes are numbered by the true subgoal that they serve, for display only.\n"
           "@ agent, * agent on a colour, # wall, [ ] the next visit (the policy is not told)\n"
@@ -1892,7 +1885,7 @@ def make_folder(out: Path) -> None:
 def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     """Fill `run.saved` with the stages that are done: those in OUT/run.pt. Where that file (or OUT) is missing and
     `phase` needs earlier stages, they are those of the trained run in results/. Returns the file. Writes nothing.
-    watched: the stages that `phase` needs if it is "watch" or "claims".
+    watched: the stages that `phase` needs if it is "watch" ("claims" needs all three of the method).
 
     Raises Failure if the file is damaged, belongs to another config or seed, or lacks what `phase` needs."""
     wanted = [name for name, stage in STAGES.items() if phase in ("all", stage.phase)]
@@ -1956,7 +1949,7 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
     run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain, "model": model.state_dict()}
-    if run.config.cotrain and name == "discover":  # then the base has changed, too
+    if run.config.cotrain and name == "discover":  # then it has changed, too; what was measured of it is out of date
         run.saved["pretrain"]["model"] = models["pretrain"].state_dict()
     packed = io.BytesIO()  # writing to a disk that is full is an OSError then
     torch.save(run.saved, packed)
@@ -1999,27 +1992,27 @@ def control_runs(folder: Path, config: Config) -> list[tuple[dict, dict]]:
 def check_claims(run: Run, others: list) -> dict:
     """Measure the claims that `claims.json` of this run does not have yet -> seed, config and claims.
     others: (config, metrics) of the control experiments."""
-    path, started, quiet = load_saved(run, "claims", TRAINED[:1]), time.time(), copy.copy(run)
+    path, started, quiet = load_saved(run, "claims"), time.time(), copy.copy(run)
     quiet.out = None  # the run's own metrics.csv stays as it is
     print(f"The claims of the paper, on {path} and {len(others)} control experiments, to {run.out}", flush=True)
     make_folder(run.out)
-    models, file = {name: load_model(run, name) for name in run.saved}, run.out / "claims.json"
+    models, file = {name: load_model(run, name) for name in TRAINED}, run.out / "claims.json"
     result = {"seed": run.seed, "config": asdict(run.config), "claims": {}}
     before = read_json(file)["seeds"][0] if file.exists() else {}
     if {**before, "claims": {}} == result:
         result = before
     for number, (name, claim) in enumerate(CLAIMS.items(), 1):
-        lacking = {*claim.needs} - {*models} - ({"--runs"} if others else set())
-        what = f"left out, needs {', '.join(sorted(lacking))}" if lacking else claim.measure.__doc__
-        print(f"{number}/{len(CLAIMS)} {name}: {what}", flush=True)
-        if not lacking and (name not in result["claims"] or "--runs" in claim.needs):
-            measured, holds = claim.measure(quiet, models, others)
+        print(f"{number}/{len(CLAIMS)} {name}: {claim.__doc__}", flush=True)
+        if name in CONTROLS and not others:
+            print("left out: there are no control experiments; see --runs")
+            continue
+        if name in CONTROLS or name not in result["claims"]:
+            measured, holds = claim(quiet, others if name in CONTROLS else models)
             part = {"holds": bool(holds), "numbers": measured}
             result["claims"][name] = json.loads(json.dumps(part, default=float))
             write_json(file, {"seeds": [result]})
-        if name in result["claims"]:
-            part, minutes = result["claims"][name], (time.time() - started) / 60
-            print(f"holds: {part['holds']}; {part['numbers']}; {minutes:.1f} min", flush=True)
+        part, minutes = result["claims"][name], (time.time() - started) / 60
+        print(f"holds: {part['holds']}; {part['numbers']}; {minutes:.1f} min", flush=True)
     return result
 
 
