@@ -1571,13 +1571,13 @@ def test_readme_mentions_only_what_exists():
 
 
 def test_map_of_the_readme():
-    """The README's map has a row for each section of internal_rl.py, in order: title, and place in the paper."""
+    """The README's map has a row for each section of internal_rl.py with a place in the paper, in order: title, place."""
     lines, rows = source("internal_rl.py").splitlines(), []
     for i, line in enumerate(lines):
         if line.startswith("# ------") and not lines[i - 1].startswith("#"):  # the bar above a title
             title, _, paper = lines[i + 1].removeprefix("# ").partition(" (paper: ")
-            rows.append(f"| {title} | {paper.removesuffix(')')} |")
-    assert len(rows) > 10 and "\n".join(rows) in source("README.md")
+            rows += [f"| {title} | {paper.removesuffix(')')} |"] if paper else []
+    assert len(rows) >= 7 and "\n".join(rows) in source("README.md")
 
 
 def shown(seeds: list[dict], key: str) -> str:
