@@ -6,10 +6,11 @@
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
-and the only reward comes after the last visit. RL must first succeed by chance, and can only then learn. Before it, a
-model was trained to imitate experts. Each expert's episode has three visits, in one of 16 orders. None goes from 0 to
-1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the
-six visits is right when all visits before it were right. The product is the chance of a success:
+and the only reward comes after the last visit. A wrong visit ends the episode. RL must first succeed by chance, and
+can only then learn. Before it, a model was trained to imitate experts. Each expert's episode has three visits, in one
+of 16 orders. None goes from 0 to 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance?
+We measured how often each of the six visits is right when all visits before it were right. The product is the chance
+of a success:
 
     the imitator acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
     random *codes* steer the same imitator:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
@@ -25,10 +26,10 @@ the order of this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. (This
-       hides directions and places, but not goals.) The encoder proposes codes. A *gate* sees the residuals up to now
-       and the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t, which acts
-       between the blocks.
+       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. (So
+       it sees which colour is visited when, but no directions: codes become goals, not paths.) It proposes codes. A
+       *gate* sees the residuals up to now and the code in force. It decides when a proposal replaces that code. The
+       code becomes a matrix U_t, which acts between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
@@ -96,7 +97,7 @@ import envs
 
 
 # Other names for int and float. They say which values a flag may have: `BOUNDS` has the least and the most of each.
-# (An annotation such as `Many` is kept as a string, by the import from __future__. So it can be looked up there.)
+# (An annotation such as `Many` is kept as a string, by the import from __future__, and is looked up in `BOUNDS`.)
 Many = Count = Natural = int
 Chance = Weight = Rate = Bias = float
 BOUNDS = {
@@ -130,7 +131,7 @@ class Config:
     fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
-    # phase 2; and the check (it comes after phase 3): one controller for each true subgoal, switched by hand
+    # phase 2, and the check: a test after phase 3, with controllers of true subgoals that are switched by hand
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
@@ -171,8 +172,8 @@ class Config:
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. Memory can also fade: then a step looks at earlier
-# steps, but gives them less weight. Each step has a number `faded`, which never rises. The more it falls from step s
-# to step t, the less weight step t gives to step s. A blind episode is one in which it falls far at every step.
+# steps, but gives them less weight. `faded` has a number for each step; from step to step it stays equal or falls.
+# Step t's weight for step s is multiplied by exp(faded_t - faded_s). In a blind episode it falls far at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -210,8 +211,7 @@ class Attention(nn.Module):
     def forward(self, x, faded=None, past=None):
         """x (B, T, D), past: keys and values of earlier steps -> y (B, T, D), past.
 
-        faded (B, S), for all S steps up to now: step t's weight for step s is multiplied by exp(faded_t - faded_s),
-        before the weights are divided by their sum. None: by 1."""
+        faded (B, S), for all S steps up to now. It acts before the weights are divided by their sum. None: 0."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)  # (3, B, HEADS, T, .)
         queries, new = qkv[0], qkv[1:]
@@ -374,13 +374,14 @@ class Metacontroller(nn.Module):
         """Gaussians of the proposals: residual (B, N, D) at N steps, those that `propose` picks -> mean and log_std
         (B, N, Z). Of each step the encoder reads the residual, the history before it, and the episode's summary.
 
-        last (B,): the place of each episode's last step among the N; what comes after it is padding."""
+        last (B,): the place of each episode's last step among the N; what comes after it is padding. For the summary a
+        GRU reads from the last step back to the first. We take its output after last + 1 steps."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
         backwards = (last[:, None] - steps).clamp_min(0)  # steps last, last - 1, ... 0; then 0 again, as padding
         from_the_end = self.embedder(x[rows[:, None], backwards])[0]
-        summary = from_the_end[rows, last]  # (B, H): it has read back to the start
+        summary = from_the_end[rows, last]  # (B, H)
         summary = summary[:, None].expand(-1, x.shape[1], -1)
         return self.encoder(torch.cat([x, history, summary], dim=-1)).chunk(2, dim=-1)
 
@@ -492,15 +493,16 @@ def pretrain(run: Run) -> BaseModel:
 # In: the frozen base and fresh trajectories of the same experts. Out: a metacontroller.
 #
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
-# expert better. But each nat of code costs alpha. So the encoder tells what the base cannot know, and nothing else:
-# the goal, once, when it changes.
+# expert better. But each nat of a proposal costs alpha, also if the gate ignores it. So the encoder tells what the
+# base cannot know, and nothing else: the goal, once, when it changes.
 #
-# Why does the gate open where the goal changes, and stay shut at other steps? To open costs nothing. What costs is a
-# proposal that says something, and it costs that at every step, adopted or not. So at most steps the encoder proposes
-# pure noise, N(0, I), which is free. To adopt noise would destroy the code in force, and the base would predict worse.
-# So the gate learns to stay shut at these steps. One proposal for each goal is enough. The gate adopts it when the
-# agent has just arrived on a colour, which it reads off the residual. (This is the paper's reason. It is not the only
-# one: on the small grid the gate opens at the same steps with `--kl_weight 0`. We do not know why.)
+# Why does the gate open where the goal changes, and stay shut at other steps? To open is free. But as proposals cost
+# something, the encoder speaks rarely: at most steps it proposes pure noise, N(0, I), which is free. To adopt noise
+# would spoil the code in force, and the base would predict worse. So the gate learns to stay shut at these steps. It
+# opens where a proposal says something: when the agent has just arrived on a colour, which shows in the residual.
+#
+# This is the paper's reason. It cannot be the whole one: on the small grid the gate opens at the same steps with
+# `--kl_weight 0`. We do not know why.
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -508,9 +510,10 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (The base of the 7x7 grid, phases 2 and 3: the steps after the last opening of the gate. The ant's: each step alone.)
-# Each of them sees steps through the residuals of the lower blocks. Gate, encoder and policy remember the residuals
-# that they have read by GRUs of their own, so they connect the steps even when the base is blind.
+# (On the 7x7 grid, where we write "all steps so far", the base sees the steps since the gate opened. The ant's base
+# sees each step alone in all of phases 2 and 3.) Each of them sees steps through the residuals of the lower blocks.
+# Gate, encoder and policy remember the residuals that they have read by GRUs of their own, so they connect the steps
+# even when the base is blind.
 #
 # Two departures from the paper make the code name a goal:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
@@ -519,13 +522,15 @@ def pretrain(run: Run) -> BaseModel:
 #    little left to tell. A code would only say "the first or the second of these two", and none would mean "go to 1",
 #    which RL needs after 0. A blind base must be told the goal itself, so a code comes to mean "go to 1" after any
 #    colour. (That is why random codes make the forbidden visits in one case of five.) Later, ever more episodes are
-#    read with memory, so that controllers learn to steer the base as it is in phase 3. The codes keep their meaning
-#    meanwhile. In the first half of the blind part the KL costs nothing.
+#    read with memory, so that controllers learn to steer the base as it is in phase 3. No expert goes from 0 to 1, so
+#    nothing trains that visit with memory. We measured that the codes keep their meaning: the second line of numbers
+#    in the head of this file is with memory. In the first half of the blind part the KL costs nothing.
 #
-# On the paper's 7x7 grid a subgoal is a pair of colours: first 0, then 1. A blind base cannot know whether 0 was
-# visited. A base that remembers everything overrules the code: after 0-1 it goes on as experts do. So in the preset
-# `laptop` the base remembers what happened since the gate opened, and nothing else: the block below the controller is
-# blind (`blind_blocks`), and the blocks above it forget when the gate opens (`forget`).
+# On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
+# cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
+# experts do. So in the preset `laptop` the base remembers what happened since the gate opened, and nothing else: the
+# block below the controller is always blind (`blind_blocks`), and the blocks above it forget when the gate opens
+# (`forget`). Before that, for `blind` .36 of phase 2, they see each step alone, as on the small grid.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +548,7 @@ def kl_charge(c: Config, progress: float) -> float:
 
 def draw_blind(run: Run, obs, progress: float):
     """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all are until
-    progress .65, then ever fewer, and none from .975 on."""
+    progress .65, then ever fewer, and none from .975 on (1.5 was better than a longer fall)."""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
@@ -552,10 +557,10 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T) of an episode in which memory ends where the gate (B, T) opens, say at step s. Step s sees itself
-    alone: the factor 1 - beta_t. Later steps do not see s either: the factor 1 - beta_t-1. For at s the agent stands
-    on the colour that it came for, which tells what experts do next. The product is the share of memory that outlives
-    one step, so a soft gate forgets softly. 1e-4 keeps the logarithm finite."""
+    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at step s. Two cuts
+    are made. Before s: step s cannot look back. After s: later steps cannot see s. For at s the agent stands on the
+    colour that it came for, and this tells what experts do next. From step t-1 to step t (1 - beta_t)(1 - beta_t-1) of
+    the memory is left, so a soft gate forgets softly. 1e-4 keeps the logarithm finite."""
     kept = (1 - gate) * (1 - shift_right(gate))
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
@@ -563,16 +568,17 @@ def forget_at(gate):
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell.
-    Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the encoder's copy
-    blind (unless `blind` is 0), for in the copy the agent seems to jump from cell to cell."""
+    The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell of its
+    floor. Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the
+    encoder's copy blind (unless `blind` is 0), for in the copy the agent seems to jump from cell to cell.
+
+    So the encoder reads the entries of an episode, N - 1 at most, and then its last observation. Nothing is proposed
+    there, but the summary needs it, as it shows the last visit. Shorter episodes are padded with it."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
     count = is_entry.sum(axis=1)
-    # read[b]: the steps of episode b that the encoder reads. First its entries, then the last observation, which shows
-    # the last visit. That one is repeated as padding.
-    read = np.tile(episodes.lengths[:, None], count.max() + 1)
-    proposes = np.arange(count.max() + 1) < count[:, None]  # True: read[b] has an entry there
+    read = np.tile(episodes.lengths[:, None], count.max() + 1)  # (B, N) which steps are read
+    proposes = np.arange(count.max() + 1) < count[:, None]  # (B, N) whether that is an entry
     read[proposes] = np.nonzero(is_entry)[1]
     view = run.tensor(np.take_along_axis(view, read[..., None], axis=1))
     faded = draw_blind(run, view, progress=0)  # all blind
@@ -681,7 +687,8 @@ class Decisions(NamedTuple):
 
 def by_episode(steps: list[tuple]) -> list:
     """What was collected step by step, sorted by episodes. steps: tuples of episode numbers (N,) and parts (N, ...) of
-    the N episodes alive. The first step has all B. -> each part as (B, T, ...), 0 in the padding; a mask (B, T)."""
+    the N episodes alive. -> each part as (B, T, ...), 0 in the padding; last comes the mask (B, T). The first step has
+    all B episodes, so each number occurs."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))
     order, counts = rows.argsort(stable=True), rows.bincount().tolist()
     parts = [part[order].split(counts) for part in (*parts, torch.ones(len(rows), device=rows.device))]
@@ -2115,15 +2122,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
-def peak_memory_gb() -> float:
-    """Most memory that this process has had; not known on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def main(argv=None) -> int:
     try:
         return run_command(make_parser().parse_args(argv), argv)
@@ -2180,7 +2178,6 @@ def run_command(args, argv) -> int:
         print("--- results")
         for key, value in numbers(results[-1]).items():
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
-        print(f"peak_memory_gb: {peak_memory_gb():.2f}")
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
         models = {stage: load_model(runs[0], stage) for stage in TRAINED}
         draw_picture(runs[0], models, results, (folder if len(runs) > 1 else runs[0].out) / "picture.png")

@@ -1571,7 +1571,7 @@ def test_readme_mentions_only_what_exists():
 
 
 def test_map_of_the_readme():
-    """The README's map has a row for each section of internal_rl.py with a place in the paper, in order: title, place."""
+    """The README's map has a row for each section of internal_rl.py with a place in the paper, in order."""
     lines, rows = source("internal_rl.py").splitlines(), []
     for i, line in enumerate(lines):
         if line.startswith("# ------") and not lines[i - 1].startswith("#"):  # the bar above a title
