@@ -1156,10 +1156,10 @@ def test_parts_of_the_claims_by_hand():
 
 
 def test_verdicts_on_control_experiments():
-    """The claim about controls holds if the run itself succeeds, and all of each kind of control fail. That about
+    """The claim about controls holds if the run itself succeeds, and all of each kind at its price fail. That about
     freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those on bases
     that learned jointly; not if one kind is missing."""
-    run = make_run()
+    run = make_run(kl_weight=0.1)
 
     def control(kind, success=0.0, price=0.1, recall=1.0):
         config = {"force_open": kind == "forced", "cotrain": kind == "joint", "kl_weight": price}
@@ -1170,17 +1170,18 @@ def test_verdicts_on_control_experiments():
         (0.9, [control("forced"), control("joint")], True),
         (0.1, [control("forced"), control("joint")], False),
         (0.9, [control("forced"), control("joint"), control("joint", 0.5)], False),
+        (0.9, [control("forced"), control("joint"), control("joint", 0.5, price=0.3)], True),
         (0.9, [control("joint")], False),
     ):
         run.saved = {"rl": {"metrics": {"internal_rl_success": own}}}
-        assert ir.claim_controls(run, {}, others)[1] is expected
+        assert ir.claim_controls(run, others)[1] is expected
     for others, expected in (
         ([control("frozen"), control("frozen", recall=0.2, price=0.3), control("joint", recall=0.2)], True),
         ([control("frozen"), control("joint"), control("forced")], False),
         ([control("frozen"), *[control("frozen", recall=0.2)] * 2, control("joint", recall=0.2)], False),
         ([control("frozen")], False),
     ):
-        assert bool(ir.claim_rate(run, {}, others)[1]) is expected
+        assert bool(ir.claim_rate(run, others)[1]) is expected
 
 
 def test_gradient_signal():
