@@ -99,10 +99,10 @@ import envs
 # Other names for int and float. They say which values a flag may have: `BOUNDS` has the least and the most of each.
 # (An annotation such as `Many` is kept as a string, by the import from __future__, and is looked up in `BOUNDS`.)
 Many = Count = Natural = int
-Chance = Weight = Rate = Bias = float
+Chance = Weight = Rate = float
 BOUNDS = {
     "Many": (16, 10**12), "Count": (1, 10**12), "Natural": (0, 10**12),
-    "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6), "Bias": (-20, 20),
+    "Chance": (0, 1), "Weight": (0, 10**6), "Rate": (1e-9, 10**6),
 }  # fmt: skip
 CHOICES = {"world": envs.WORLDS, "bool": ("true", "false")}
 
@@ -142,7 +142,6 @@ class Config:
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
     encoder_hidden: Count = 64  # hidden units of encoder and gate; half of it in the decoder (paper; gate: not given)
     code_dim: Count = 8  # Z (paper: n_z)
-    gate_bias: Bias = 0.0  # at first; -4: the gate begins nearly shut (paper: not given)
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 3000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
@@ -363,7 +362,7 @@ class Metacontroller(nn.Module):
         self.switch = nn.Sequential(nn.Linear(D + H + Z, c.encoder_hidden), nn.ReLU(), nn.Linear(c.encoder_hidden, 1))
         self.decoder = nn.Sequential(nn.Linear(Z, c.encoder_hidden // 2), nn.SiLU())
         self.controller = Controller(c, M=c.encoder_hidden // 2 + 1)
-        nn.init.constant_(self.switch[2].bias, c.gate_bias)
+        nn.init.zeros_(self.switch[2].bias)
         self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a sample must not drown its mean
 
     def read(self, residual):
@@ -565,17 +564,22 @@ def forget_at(gate):
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
 
-def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng):
+def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder proposes at *entries*: on the grid that is every step; for the ant every step into another cell of its
-    floor. Between entries the proposal is noise, N(0, I), and costs nothing. The lower blocks always read the
-    encoder's copy blind (unless `blind` is 0), for in the copy the agent seems to jump from cell to cell.
+    The encoder proposes at all steps, until half of the KL is charged. From then on it proposes at *entries*: on the
+    grid that is every step; for the ant every step into another cell of its floor. Between entries the proposal is
+    noise, N(0, I), and costs nothing. (The ant's training episodes have a stride for each step, those in which it acts
+    ten steps for a stride. So the gate must learn to open once in a cell, not at each step there.)
 
-    So the encoder reads the entries of an episode, N - 1 at most, and then its last observation. Nothing is proposed
-    there, but the summary needs it, as it shows the last visit. Shorter episodes are padded with it."""
+    The lower blocks always read the encoder's copy blind (unless `blind` is 0), for in the copy the agent seems to
+    jump from cell to cell. The encoder reads the entries of an episode, N - 1 at most, and then its last observation.
+    Nothing is proposed there, but the summary needs it, as it shows the last visit. Shorter episodes are padded with
+    it."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
-    is_entry = run.world.is_entry(episodes.obs)[:, :-1] & episodes.mask
+    is_entry = episodes.mask
+    if kl_charge(run.config, progress) >= 0.5:
+        is_entry = is_entry & run.world.is_entry(episodes.obs)[:, :-1]
     count = is_entry.sum(axis=1)
     read = np.tile(episodes.lengths[:, None], count.max() + 1)  # (B, N) which steps are read
     proposes = np.arange(count.max() + 1) < count[:, None]  # (B, N) whether that is an entry
@@ -598,7 +602,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
     faded = draw_blind(run, obs, progress)
     residual, _ = base.lower(obs, faded)
-    proposal, kl = propose(run, base, meta, episodes, rng)
+    proposal, kl = propose(run, base, meta, episodes, rng, progress)
     code, gate = meta.integrate(residual, proposal)
     if run.config.forget:
         faded = faded + forget_at(gate)
@@ -883,7 +887,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3,
-            blind=1.0, gate_bias=-4.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
+            blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
