@@ -985,7 +985,9 @@ def make_players(name, **changes):
 
 
 @BOTH
-@pytest.mark.parametrize("blind, forget, temperature", [(0.7, False, 1), (1.0, False, 0.3), (0.0, True, 2), (1.0, True, 0.5)])
+@pytest.mark.parametrize(
+    "blind, forget, temperature", [(0.7, False, 1), (1.0, False, 0.3), (0.0, True, 2), (1.0, True, 0.5)]
+)
 def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature):
     """Rollouts, which go step by step and drop the dead, have the gates and log-probabilities that discovery's form of
     the model gives the same episodes at once, at the temperature asked for: dropping changes nothing for the living.
