@@ -547,7 +547,7 @@ def kl_charge(c: Config, progress: float) -> float:
 
 def draw_blind(run: Run, obs, progress: float):
     """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all are until
-    progress .65, then ever fewer, and none from .975 on (1.5 was better than a longer fall)."""
+    progress .65, then ever fewer, and none from 1.5 x .65 = .975 on. (A slower fall was worse.)"""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
@@ -567,17 +567,17 @@ def forget_at(gate):
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder proposes at all steps, until half of the KL is charged. From then on it proposes at *entries*: on the
-    grid that is every step; for the ant every step into another cell of its floor. Between entries the proposal is
-    noise, N(0, I), and costs nothing. (The ant's training episodes have a stride for each step, those in which it acts
-    ten steps for a stride. So the gate must learn to open once in a cell, not at each step there.)
+    The encoder proposes at all steps, until half of the KL is charged (`kl_charge`). From then on it proposes at
+    *entries*: on the grid that is every step; for the ant every step into another cell of its floor. Between entries
+    the proposal is noise, N(0, I), and costs nothing. The reason: a stride of the ant is one step of a training
+    episode, but ten steps when it acts. So the gate must learn to open once in a cell, and noise teaches it that.
 
     The lower blocks always read the encoder's copy blind (unless `blind` is 0), for in the copy the agent seems to
     jump from cell to cell. The encoder reads the entries of an episode, N - 1 at most, and then its last observation.
     Nothing is proposed there, but the summary needs it, as it shows the last visit. Shorter episodes are padded with
     it."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
-    is_entry = episodes.mask
+    is_entry = episodes.mask  # at first every step counts as one
     if kl_charge(run.config, progress) >= 0.5:
         is_entry = is_entry & run.world.is_entry(episodes.obs)[:, :-1]
     count = is_entry.sum(axis=1)
@@ -1238,7 +1238,7 @@ def random_codes(run: Run):
 def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -> dict:
     """What random codes achieve: which subgoal follows which, and success in the RL task."""
     world, count, codes = run.world, run.config.eval_episodes, random_codes(run)
-    play = lambda count, roam: rollout(run, base, CodePilot(run, count, meta, codes), world.batch(count, rng, roam))
+    play = lambda n, roam: rollout(run, base, CodePilot(run, n, meta, codes), world.batch(n, rng, roam))
     (_, visited), (trials, _) = play(count, roam=True), play(4 * count, roam=False)
     counts = transition_counts(world, visited)
     unseen = [counts[a, b] / max(counts[a].sum(), 1) for a, b in world.transitions(world.rl_task)]
@@ -1406,7 +1406,8 @@ def claim_goal(run: Run, models: dict):
     roam = lambda pilot: rollout(run, base, pilot, world.batch(count, rng, roam=True))[1]
 
     def visits(pairs, *forced, chance=False):
-        """Each agent has a pair of codes: the first, and from the next opening of the gate on the second."""
+        """Each agent has a pair of codes: the first, and from the next opening of the gate on the second, or with
+        `chance` a random one. At the steps `forced` the gate is opened by force."""
         pair = pairs[rng.integers(len(pairs), size=count)].T
         first, second = codes[pair[0]], torch.randn_like(codes[pair[1]]) if chance else codes[pair[1]]
         pilot = CodePilot(run, count, meta, lambda residual, rows: (second if pilot.step else first)[rows])
@@ -1415,9 +1416,9 @@ def claim_goal(run: Run, models: dict):
 
     found, goal, pairs = {}, run.held_out().goal, np.argwhere(~np.eye(len(codes), dtype=bool))
     half = max(1, round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2))
-    ways = {"kept": (), "replaced by a random one": (half,), "replaced": (half,)}
-    for name, forced in ways.items():
-        second, visited = visits(pairs, *forced, chance="random" in name)
+    ways = ("kept", (), False), ("replaced by a random one", (half,), True), ("replaced", (half,), False)
+    for name, forced, chance in ways:
+        second, visited = visits(pairs, *forced, chance=chance)
         late = (visited[:, :half] < 0).all(axis=1)  # no visit before the code was replaced
         arrived = visited[np.arange(count), (visited >= 0).argmax(axis=1)] == np.array(world.subgoals)[second, 0]
         found[f"its colour is next, code {name}"] = share_of(arrived[late].sum(), late.sum())
@@ -1436,8 +1437,8 @@ def right_visits(world: envs.World, visited) -> np.ndarray:
 
 def claim_explore(run: Run, models: dict):
     """Before anything is learned, random codes succeed more often than the base that RL on raw actions starts from
-    (Fig. A5): by more than twice the deviation of the difference. Beside it moves at random: a temperature of a
-    million."""
+    (Fig. A5): by more than twice the deviation of the difference. Beside them stand random moves: the base at a
+    temperature of a million."""
     c, base, meta, found = run.config, models["pretrain"], models["discover"], {}
     rng, restless = run.seeded("claims"), copy.copy(meta)
     restless.force_open = True
@@ -1600,7 +1601,7 @@ def draw_gates(axis, run: Run, models: dict) -> None:
 def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
     rng = run.seeded("figures")
-    pilot = CodePilot(run, 100, models["discover"], CodesByNumber(run.tensor(np.array([code], dtype=np.float32)), 0))
+    pilot = CodePilot(run, 100, models["discover"], CodesByNumber(torch.tensor([code], device=run.device), 0))
     played, visited = rollout(run, models["pretrain"], pilot, run.world.scattered(100, rng))
     obs, last = played.inputs.cpu().numpy(), played.mask.sum(1).int().cpu().numpy() - 1
     seen, rows = visited >= 0, np.arange(100)
@@ -1638,7 +1639,7 @@ def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
-LINES = {"belief": "after block", "depth": "after block", "explore": "visit"}  # claims drawn as lines over ...
+LINES = {"belief": "after block", "depth": "after block", "explore": "visit"}  # claims drawn as lines, over what
 
 
 def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
@@ -1655,12 +1656,13 @@ def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
             axis.plot([], [], style[:2], label=label)
         else:  # a row for each number, with its interval
             axis.plot(value, np.full(np.size(value), row), "ko-")
-            axis.set(yticks=range(row + 1), yticklabels=[*numbers][: row + 1], ylim=(-0.7, row + 0.7))
     if name == "credit":
         axis.set_xscale("log")
     if name in LINES or name == "rate":
         axis.set_xlabel(LINES.get(name, "KL, nats; above: loss, nats; filled: aligned"))
         axis.legend(fontsize=7)
+    else:
+        axis.set(yticks=range(len(numbers)), yticklabels=numbers, ylim=(-0.7, len(numbers) - 0.3))
 
 
 def draw_claims(seeds: list[dict], path: Path) -> None:
@@ -1922,8 +1924,7 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
         saved = torch.load(path, map_location=run.device) if os.path.exists(path) else {}
         if {*saved} - {*STAGES} or any({*part} != {"config", "seed", "model", "metrics"} for part in saved.values()):
             raise KeyError
-        kept = lambda name: own or name in needed or phase == "claims"
-        run.saved = {name: saved[name] for name in STAGES if name in saved and kept(name)}
+        run.saved = {name: saved[name] for name in STAGES if name in saved and (own or name in needed)}
     except Exception as error:  # torch raises many kinds for a damaged file
         raise Failure(f"{path}: not a run of ours ({type(error).__name__}); delete it to begin anew") from None
     names, ours = ["seed", *asdict(run.config)], {"seed": run.seed, **asdict(run.config)}
@@ -1973,7 +1974,8 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
         metrics[f"{name}_curve"] = run.curves[name]
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
     run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain, "model": model.state_dict()}
-    if run.config.cotrain and name == "discover":  # then it has changed, too; what was measured of it is out of date
+    if run.config.cotrain and name == "discover":
+        # The base has changed, too. Its metrics and its labels are still those of the old one.
         run.saved["pretrain"]["model"] = models["pretrain"].state_dict()
     packed = io.BytesIO()  # writing to a disk that is full is an OSError then
     torch.save(run.saved, packed)
