@@ -7,21 +7,21 @@
 
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
 and the only reward comes after the last visit. A wrong visit ends the episode. RL must first succeed by chance, and
-can only then learn. Before it, a model was trained to imitate experts. Each expert's episode has three visits, in one
-of 16 orders. None goes from 0 to 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a first success by chance?
-We measured how often each of the six visits is right when all visits before it were right. The product is the chance
-of a success:
+can only then learn. RL begins with a model, the *base*, that was trained to imitate experts. Each expert's episode has
+three visits, in one of 16 orders. No expert goes from 0 to 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a
+first success by chance? We measured how often each of the six visits is right when all visits before it were right.
+The product is the chance of a success:
 
-    the imitator acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
-    random *codes* steer the same imitator:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
+    the base acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
+    random *codes* steer the same base:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
 
-So RL on raw actions, which starts from the imitator, sees no reward and learns nothing. RL on codes sees some. A code
-is a few numbers that make the imitator walk to one colour, whatever it visited before, so also from 0 to 1. Nobody
-tells the model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in
-the order of this file:
+So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some. A code is a
+few numbers that make the base walk to one colour, whatever it visited before, so also from 0 to 1. Nobody tells the
+model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
+this file:
 
-    1. pretrain: a sequence model, the *base*, learns to predict the next action of experts whose goals are hidden.
-       Then it is frozen. The vector that its layers pass on is the *residual stream*.
+    1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
+       it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
 
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
@@ -123,20 +123,20 @@ class Config:
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
     control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
-    blind_blocks: Natural = 0  # departure: this many of the first blocks see each step alone, in all phases
+    blind_blocks: Natural = 0  # departure: this many of the first blocks never look at earlier steps
     # phase 1: pretrain
     pretrain_steps: Natural = 3000  # (paper: 256,000)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
-    fast_optimiser: bool = True  # departure: the optimiser Muon for the blocks' matrices; rates that fall
+    fast_optimiser: bool = True  # departure: Muon, a faster optimiser, for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
     jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
-    # phase 2, and the check: a test after phase 3, with controllers of true subgoals that are switched by hand
+    # phase 2, and the check of the base: can controllers steer it if they are told the true subgoals?
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: for this share of phase 2 the base sees each step alone; 1: in phase 3, too
-    forget: bool = False  # departure: when the gate opens, the upper blocks forget that step and those before it
+    blind: Chance = 0.65  # departure: for this share of phase 2 the base has no memory; 1: nor in phase 3
+    forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -170,9 +170,11 @@ class Config:
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for. Memory can also fade: then a step looks at earlier
-# steps, but gives them less weight. `faded` has a number for each step; from step to step it stays equal or falls.
-# Step t's weight for step s is multiplied by exp(faded_t - faded_s). In a blind episode it falls far at every step.
+# episode began at this step. Phase 2 says what this is good for. Memory can also end at one step only, or become
+# weak. `faded` says where: it has one number for each step, which never rises. When step t looks at an earlier step s,
+# its weight is multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. Between equal numbers
+# this is 1. A large fall is a wall: the steps after it do not see those before it. In a blind episode there is a wall
+# at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -210,7 +212,7 @@ class Attention(nn.Module):
     def forward(self, x, faded=None, past=None):
         """x (B, T, D), past: keys and values of earlier steps -> y (B, T, D), past.
 
-        faded (B, S), for all S steps up to now. It acts before the weights are divided by their sum. None: 0."""
+        faded (B, S), for all S steps up to now. None: 0, so nothing is forgotten."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.HEADS, -1).permute(2, 0, 3, 1, 4)  # (3, B, HEADS, T, .)
         queries, new = qkv[0], qkv[1:]
@@ -344,9 +346,9 @@ def shift_right(x):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
-    Encoder and gate each keep a history of what they read: the encoder of the copy, the gate of the episode itself.
-    Both use the same recurrent network, the GRU `history` (paper: one h_t for both). A second GRU, `embedder`, makes
-    the encoder's summary of the whole episode."""
+    The encoder reads a copy of the episode, the gate the episode itself. Each has a history of what it read. One GRU,
+    `history`, computes both (paper: one h_t for both). A second GRU, `embedder`, makes the encoder's summary of the
+    whole episode. `switch` is the gate's network."""
 
     threshold = 0.5  # a gate above this is open (paper)
 
@@ -373,14 +375,14 @@ class Metacontroller(nn.Module):
         """Gaussians of the proposals: residual (B, N, D) at N steps, those that `propose` picks -> mean and log_std
         (B, N, Z). Of each step the encoder reads the residual, the history before it, and the episode's summary.
 
-        last (B,): the place of each episode's last step among the N; what comes after it is padding. For the summary a
-        GRU reads from the last step back to the first. We take its output after last + 1 steps."""
+        last (B,): the index of each episode's last step. Padding comes after it. For the summary a GRU reads backwards
+        from that step to step 0. So each episode is reversed by itself: with last = 2 and N = 5 to 2, 1, 0, 0, 0."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
-        backwards = (last[:, None] - steps).clamp_min(0)  # steps last, last - 1, ... 0; then 0 again, as padding
-        from_the_end = self.embedder(x[rows[:, None], backwards])[0]
-        summary = from_the_end[rows, last]  # (B, H)
+        backwards = (last[:, None] - steps).clamp_min(0)  # (B, N)
+        reversed_x = x[rows[:, None], backwards]
+        summary = self.embedder(reversed_x)[0][rows, last]  # (B, H): at index `last` it has just read step 0
         summary = summary[:, None].expand(-1, x.shape[1], -1)
         return self.encoder(torch.cat([x, history, summary], dim=-1)).chunk(2, dim=-1)
 
@@ -440,6 +442,7 @@ def code_kl(mean, log_std):
 # holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
 # shows progress, `run.tensor` turns a numpy array into a tensor. A phase depends on config, seed and earlier phases.
 # `update` is one step of the optimisers, `rate` how the learning rate falls: a share of its peak. Both come later.
+# A loss is a sum over steps; it is divided by the mean length of the batch's episodes, to be a loss for each step.
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
 # model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
@@ -492,16 +495,16 @@ def pretrain(run: Run) -> BaseModel:
 # In: the frozen base and fresh trajectories of the same experts. Out: a metacontroller.
 #
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
-# expert better. But each nat of a proposal costs alpha, also if the gate ignores it. So the encoder tells what the
-# base cannot know, and nothing else: the goal, once, when it changes.
+# expert better. But each nat of a proposal costs alpha, even if the gate ignores it. (At first it costs nothing:
+# `kl_charge`.) So the encoder should tell only what the base cannot know. The base finds the way to a goal by itself.
+# What it cannot know is the goal, and to name it once, when it changes, is enough.
 #
 # Why does the gate open where the goal changes, and stay shut at other steps? To open is free. But as proposals cost
 # something, the encoder speaks rarely: at most steps it proposes pure noise, N(0, I), which is free. To adopt noise
 # would spoil the code in force, and the base would predict worse. So the gate learns to stay shut at these steps. It
 # opens where a proposal says something: when the agent has just arrived on a colour, which shows in the residual.
-#
-# This is the paper's reason. It cannot be the whole one: on the small grid the gate opens at the same steps with
-# `--kl_weight 0`. We do not know why.
+# (This is the paper's reason. On the small grid there must be a second one: with `--kl_weight 0` the gate opens at the
+# same steps. We do not know it.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -509,27 +512,26 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (On the 7x7 grid, where we write "all steps so far", the base sees the steps since the gate opened. The ant's base
-# sees each step alone in all of phases 2 and 3.) Each of them sees steps through the residuals of the lower blocks.
-# Gate, encoder and policy remember the residuals that they have read by GRUs of their own, so they connect the steps
-# even when the base is blind.
+# (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps since the gate
+# opened. The ant's base sees each step alone in all of phases 2 and 3.) Gate, encoder and policy read the residuals of
+# the lower blocks, and remember what they read by GRUs of their own. So they connect the steps even of a blind base.
 #
-# Two departures from the paper make the code name a goal:
+# The price alone does not make the code name a goal. Two departures from the paper do:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. The copy shows which colour is visited when, but no directions and no places.
-# 2. At first the base is blind. A base that remembers knows what experts do: after 0 they go to 2 or to 3. There is
-#    little left to tell. A code would only say "the first or the second of these two", and none would mean "go to 1",
-#    which RL needs after 0. A blind base must be told the goal itself, so a code comes to mean "go to 1" after any
-#    colour. (That is why random codes make the forbidden visits in one case of five.) Later, ever more episodes are
-#    read with memory, so that controllers learn to steer the base as it is in phase 3. No expert goes from 0 to 1, so
-#    nothing trains that visit with memory. We measured that the codes keep their meaning: the second line of numbers
-#    in the head of this file is with memory. In the first half of the blind part the KL costs nothing.
+# 2. At first the base is blind. Suppose that it were not. It would remember that it comes from 0, and know that
+#    experts go from 0 to 2 or to 3. The encoder would only have to say which of the two. No code would mean "go to 1",
+#    and RL needs that after 0. But a blind base does not know where it comes from. So a code must name the goal
+#    itself, and "go to 1" works after any colour, also after 0.
+#    Later, ever more episodes are read with memory, because the base has it in phase 3, and the controllers must learn
+#    to steer it so. No expert goes from 0 to 1, so nothing trains this with memory. We measured that codes keep their
+#    meaning all the same: the chances of random codes at the top of this file (.208, .174 ...) are with memory.
 #
 # On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
 # cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
-# experts do. So in the preset `laptop` the base remembers what happened since the gate opened, and nothing else: the
-# block below the controller is always blind (`blind_blocks`), and the blocks above it forget when the gate opens
-# (`forget`). Before that, for `blind` .36 of phase 2, they see each step alone, as on the small grid.
+# experts do. So the preset `laptop` begins blind, too (`blind` .36), but then the base remembers only what happened
+# since the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the blocks
+# above it forget when the gate opens (`forget`).
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -556,40 +558,44 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at step s. Two cuts
-    are made. Before s: step s cannot look back. After s: later steps cannot see s. For at s the agent stands on the
-    colour that it came for, and this tells what experts do next. From step t-1 to step t (1 - beta_t)(1 - beta_t-1) of
-    the memory is left, so a soft gate forgets softly. 1e-4 keeps the logarithm finite."""
-    kept = (1 - gate) * (1 - shift_right(gate))
+    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at step 5 alone:
+
+        step 5 sees 5               a wall before it: no step before 5 is seen again
+        step 6 sees 6               a wall before it, too: step 5 is not seen again
+        step 7 sees 6 and 7
+
+    Why the second wall? At step 5 the agent stands on the colour that it came for. A base that remembers this colour
+    knows what experts do next. A soft gate forgets softly: `kept` is the share of memory that passes from the step
+    before to this one. 1e-4 keeps the logarithm finite."""
+    kept = (1 - gate) * (1 - shift_right(gate))  # (1 - beta_t) (1 - beta_t-1)
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
 
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder proposes at all steps, until half of the KL is charged (`kl_charge`). From then on it proposes at
-    *entries*: on the grid that is every step; for the ant every step into another cell of its floor. Between entries
-    the proposal is noise, N(0, I), and costs nothing. The reason: a stride of the ant is one step of a training
-    episode, but ten steps when it acts. So the gate must learn to open once in a cell, and noise teaches it that.
+    The encoder reads the steps where it proposes, and then the last observation. There it proposes nothing, but the
+    summary needs it: it shows the last visit. The lower blocks read the copy blind (unless `blind` is 0). In the copy
+    the agent seems to jump from cell to cell, so memory would see moves that no expert makes.
 
-    The lower blocks always read the encoder's copy blind (unless `blind` is 0), for in the copy the agent seems to
-    jump from cell to cell. The encoder reads the entries of an episode, N - 1 at most, and then its last observation.
-    Nothing is proposed there, but the summary needs it, as it shows the last visit. Shorter episodes are padded with
-    it."""
+    On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
+    (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
+    is noise, N(0, I), and free. Why? A training episode has one step on a colour, but the acting ant stands there for
+    ten. A gate that may open at each of them opens again and again. Noise teaches it to open at the entry alone."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
-    is_entry = episodes.mask  # at first every step counts as one
+    proposes = episodes.mask  # (B, T), of the T + 1 observations
     if kl_charge(run.config, progress) >= 0.5:
-        is_entry = is_entry & run.world.is_entry(episodes.obs)[:, :-1]
-    count = is_entry.sum(axis=1)
-    read = np.tile(episodes.lengths[:, None], count.max() + 1)  # (B, N) which steps are read
-    proposes = np.arange(count.max() + 1) < count[:, None]  # (B, N) whether that is an entry
-    read[proposes] = np.nonzero(is_entry)[1]
-    view = run.tensor(np.take_along_axis(view, read[..., None], axis=1))
-    faded = draw_blind(run, view, progress=0)  # all blind
-    residual, _ = base.lower(view, faded)
-    spoken = torch.cat(meta.encode(residual, run.tensor(count)), dim=-1)  # at entries
-    gaussian = spoken.new_zeros(*is_entry.shape, spoken.shape[-1])  # at steps: mean 0, log_std 0 where nothing is said
-    gaussian[run.tensor(is_entry)] = spoken[run.tensor(proposes)]
+        proposes = proposes & run.world.is_entry(episodes.obs)[:, :-1]
+    count = proposes.sum(axis=1)
+    # read: for each episode its proposing steps, then its last observation; shorter ones are padded
+    is_read = np.pad(proposes, ((0, 0), (0, 1)))
+    is_read[np.arange(len(view)), episodes.lengths] = True
+    read = pad_sequence([run.tensor(obs[steps]) for obs, steps in zip(view, is_read)], batch_first=True)  # (B, N, F)
+    residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # at progress 0 all episodes are blind
+    said = torch.cat(meta.encode(residual, last=run.tensor(count)), dim=-1)  # (B, N, 2 Z)
+    # and back to the steps where they belong; at the others mean and log_std stay 0, which is N(0, I)
+    gaussian = said.new_zeros(*proposes.shape, said.shape[-1])
+    gaussian[run.tensor(proposes)] = torch.cat([row[:n] for row, n in zip(said, count)])
     mean, log_std = gaussian.chunk(2, dim=-1)
     return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
 
@@ -636,13 +642,14 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 # Acting: the base plays in the environment, and a pilot may steer it
 #
 # In: a batch of episodes at their start. Out: what happened until their ends. At each step the loop asks a *pilot* to
-# change the residual. There are three: one that does nothing, one that switches ground-truth controllers by hand (in
-# the check after the method), and one that holds codes and asks for a new one when the gate opens.
+# change the residual. There are three: one that does nothing, one that is told the true subgoals (in the check after
+# the method), and one that holds codes and asks for a new one when the gate opens. A pilot also says how the base
+# acts and remembers: at which temperature, whether blind, and whether it forgets where the gate `opened`.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Pilot:
-    """What steers the base while it acts. This one leaves it alone."""
+    """Steers the base while it acts. This one leaves it alone. B: the episodes that have not ended."""
 
     def __init__(self, temperature: float = 1.0, blind=False, forget=False):
         self.temperature = temperature  # of the base's actions
@@ -650,8 +657,8 @@ class Pilot:
         self.forget = forget and not blind  # upper blocks forget where `opened`
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the B episodes that have not ended -> controlled residual (B, D). rows (B,): the numbers
-        of these episodes. batch: the episodes themselves; only `LabelPilot` may look into them."""
+        """residual (B, D) -> controlled residual (B, D). rows (B,): the numbers of these episodes in the whole batch.
+        batch: the episodes themselves; only the pilot of the check, `LabelPilot`, may look into them."""
         return residual
 
 
@@ -665,15 +672,17 @@ class CodePilot(Pilot):
         self.meta, self.choose = meta, choose
         self.history = torch.zeros(1, B, c.history_dim, device=device)
         self.code = torch.zeros(B, c.code_dim, device=device)
-        self.step, self.forced = 0, (0,)  # steps at which the gate is opened by force: the first
+        self.step, self.forced = 0, {0}  # steps at which the gate opens in any case: the first
 
     def steer(self, residual, batch, rows):
-        history = self.history[:, rows]
+        history = self.history[:, rows]  # of the steps before this one
         self.gate = self.meta.gate(residual, history[0], self.code[rows])
         self.opened = (self.gate > self.meta.threshold) | (self.step in self.forced)
-        if self.opened.any():
-            self.code[rows[self.opened]] = self.choose(residual[self.opened], rows[self.opened])
-        _, self.history[:, rows] = self.meta.history(self.meta.read(residual)[:, None], history)
+        deciding = rows[self.opened]
+        if len(deciding):
+            self.code[deciding] = self.choose(residual[self.opened], deciding)
+        _, history = self.meta.history(self.meta.read(residual)[:, None], history)
+        self.history[:, rows] = history
         self.step += 1
         return self.meta.control(residual[:, None], self.code[rows][:, None])[:, 0]
 
@@ -690,13 +699,13 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """What was collected step by step, sorted by episodes. steps: tuples of episode numbers (N,) and parts (N, ...) of
-    the N episodes alive. -> each part as (B, T, ...), 0 in the padding; last comes the mask (B, T). The first step has
-    all B episodes, so each number occurs."""
-    rows, *parts = (torch.cat(column) for column in zip(*steps))
-    order, counts = rows.argsort(stable=True), rows.bincount().tolist()
-    parts = [part[order].split(counts) for part in (*parts, torch.ones(len(rows), device=rows.device))]
-    return [pad_sequence(part, batch_first=True) for part in parts]
+    """Sorts by episode what was collected step by step. steps: tuples of episode numbers (N,) and parts (N, ...) of N
+    episodes each. -> each part as (B, T, ...), 0 in the padding; last comes the mask (B, T)."""
+    rows, *parts = (torch.cat(column) for column in zip(*steps))  # all steps behind each other
+    parts.append(torch.ones(len(rows), device=rows.device))
+    order = rows.argsort(stable=True)  # by episode, and by time within an episode
+    counts = rows.bincount().tolist()  # the first step has all episodes, so none is missing
+    return [pad_sequence(part[order].split(counts), batch_first=True) for part in parts]
 
 
 @torch.no_grad()
@@ -746,7 +755,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #
 # The policy's recurrent state advances at its decisions alone, and it gets only the residuals of those steps. Nobody
 # tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
-# begin. Six decisions share the credit for a success, not 28 moves. (If the gate opens more often, there are more.)
+# begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage. (If the gate opens more
+# often, there are more decisions.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -765,7 +775,8 @@ class Policy(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, residual, state=None):
-        """residual (B, K, D) at K decisions -> distribution of codes (B, K, Z), state (1, B, policy_dim)."""
+        """residual (B, K, D) at K decisions -> distribution of codes (B, K, Z), state (1, B, policy_dim). A code is
+        one choice: its log-probability is the sum over its Z numbers."""
         x, state = self.gru(F.rms_norm(residual, residual.shape[-1:]), state)
         mean, log_std = self.head(x).chunk(2, dim=-1)
         return normal(mean, log_std.exp().clamp_min(self.least_std)), state
@@ -805,18 +816,18 @@ def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     """Minus PPO's clipped objective, mean over decisions. log_prob, old_log_prob, mask (B, K), advantage (B,).
 
         ratio = new probability of the decision / old probability
-        gain  = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )"""
+        bound = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )"""
     ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(gain * mask).sum() / mask.sum()
+    bound = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(bound * mask).sum() / mask.sum()
 
 
 def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob, enough: float = math.inf) -> None:
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
-    rate. It ends early if the success of a batch is `enough` (a claim below uses this).
+    rate. RL ends early when the success of a batch is `enough`: so we can look at the policy halfway.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
