@@ -137,6 +137,7 @@ class Config:
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
     blind: Chance = 0.65  # departure: for this share of phase 2 the base has no memory; 1: nor in phase 3
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
+    temperature: Rate = 0.3  # departure: of the base's actions when it is steered, in phase 3, too (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -148,7 +149,6 @@ class Config:
     force_open: bool = False  # control experiment (paper: Fig. 8): the gate is 1 at every step, in phase 3, too
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
-    temperature: Rate = 0.3  # departure: of the base's actions when codes steer it (paper: 1)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     least_std: Weight = 0.1  # departure: floor of the policy's deviations
     rl_episodes: Natural = 200_000  # (paper: up to 100,000 x 1024)
@@ -1130,7 +1130,7 @@ class LabelPilot(Pilot):
     """Ground-truth controllers, switched by hand when the true subgoal changes."""
 
     def __init__(self, run: Run, B: int, labels: Labels):
-        super().__init__(blind=run.config.blind == 1, forget=run.config.forget)
+        super().__init__(run.config.temperature, run.config.blind == 1, run.config.forget)
         self.run, self.labels = run, labels
         self.subgoal = torch.full((B,), -1, device=run.device)
 
@@ -1189,7 +1189,7 @@ def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
 
 
 def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
-    """Success in the RL task of ground-truth controllers that are switched by hand, actions at temperature 1."""
+    """Success in the RL task of ground-truth controllers that are switched by hand."""
     batch = run.world.batch(run.config.eval_episodes, run.seeded("evaluate"))
     played, _ = rollout(run, models["pretrain"], LabelPilot(run, len(batch), labels), batch)
     return {"steer_success": played.reward.mean().item()}
@@ -1881,7 +1881,7 @@ class Stage(NamedTuple):
 STAGES = {
     "pretrain": Stage("pretrain", (), "jumps", pretrain, BaseModel, measure_base),
     "steer": Stage("pretrain", ("pretrain",), "steer_steps", train_labels, Labels, measure_labels),
-    "discover": Stage("discover", ("pretrain",), "temperature", discover, Metacontroller, measure_codes),
+    "discover": Stage("discover", ("pretrain",), "cotrain", discover, Metacontroller, measure_codes),
     "rl": Stage("rl", ("pretrain", "discover"), "rl_clip", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
