@@ -436,7 +436,9 @@ def code_kl(mean, log_std):
 # Phase 1: pretrain the base model (paper: App. C.1)
 #
 # In: trajectories of experts that pursue goals nobody tells us. Out: a model that predicts what they do next. For this
-# it must work out two things: which goal an expert pursues, from its moves so far, and how to get there.
+# it must work out two things: which goal an expert pursues, from its moves so far, and how to get there. A batch of B
+# trajectories (`envs.Episodes`) has observations `obs` (B, T + 1, F), the actions of the expert `target` (B, T, ...),
+# and a `mask` (B, T), which is False where a shorter one is padded.
 #
 # Each phase is a function of a `run` and of the models of earlier phases. A run (`Run`, near the end of the file)
 # holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
@@ -513,12 +515,14 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps since the gate
-# opened. The ant's base sees each step alone in all of phases 2 and 3.) Gate, encoder and policy read the residuals of
-# the lower blocks, and remember what they read by GRUs of their own. So they connect the steps even of a blind base.
+# opened. The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
+# Gate, encoder and policy read the residuals of the lower blocks, and remember what they read by GRUs of their own.
+# So they connect the steps even of a blind base.
 #
 # The price alone does not make the code name a goal. Two departures from the paper do:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
-#    at all steps. The copy shows which colour is visited when, but no directions and no places.
+#    at all steps. There the offset of a colour from the agent is random, except when the agent stands on it: then it
+#    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. Suppose that it were not. It would remember that it comes from 0, and know that
 #    experts go from 0 to 2 or to 3. The encoder would only have to say which of the two. No code would mean "go to 1",
 #    and RL needs that after 0. But a blind base does not know where it comes from. So a code must name the goal
@@ -728,8 +732,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
             raise Failure(f"{run.phase}: the model's actions are no numbers; lower the learning rate", 1)
         actions = base.head(features[:, 0], pilot.temperature)
         action = actions.sample()
-        visit, gain, done = batch.step(action.cpu().numpy())
-        steps.append((rows, obs, action, actions.log_prob(action), run.tensor(gain), run.tensor(visit)))
+        visit, reward, done = batch.step(action.cpu().numpy())  # visit: the colour, or -1
+        steps.append((rows, obs, action, actions.log_prob(action), run.tensor(reward), run.tensor(visit)))
         if done.all():
             break
         if done.any():
@@ -738,8 +742,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
             lower_past, upper_past = ([part[:, kept] for part in past] for past in (lower_past, upper_past))
         if pilot.blind:  # the base remembers nothing
             lower_past = upper_past = None
-    obs, action, log_prob, gain, visited, mask = by_episode(steps)
-    played = Decisions(obs, action, log_prob, mask, reward=gain.sum(1))
+    obs, action, log_prob, reward, visited, mask = by_episode(steps)
+    played = Decisions(obs, action, log_prob, mask, reward.sum(1))
     return played, visited.where(mask > 0, -1).cpu().numpy()
 
 
@@ -839,23 +843,23 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     while episodes < c.rl_episodes:
         share = rate(c, episodes / c.rl_episodes)
         # collect
-        batch, success = play(rng)
+        made, success = play(rng)
         episodes += c.rl_batch
         curve.append((episodes, success))
         if success >= enough:
             return
         # advantage
-        advantage = terminal_advantage(batch.reward)
+        advantage = terminal_advantage(made.reward)
         # update: without a single success every advantage is zero, and there is nothing to learn from
         for _ in range(c.rl_epochs if advantage.any() else 0):
             order = torch.randperm(len(advantage), device=run.device)
             for index in order.chunk(c.rl_minibatches):
-                longest = int(batch.mask[index].sum(1).max())
-                inputs, chosen, old, mask = (part[index, :longest] for part in batch[:4])
+                longest = int(made.mask[index].sum(1).max())
+                inputs, chosen, old, mask = (part[index, :longest] for part in made[:4])
                 loss = policy_loss(log_prob(inputs, chosen), old, advantage[index], mask, c.rl_clip)
                 update(model, loss, [optimiser], share)
         # log
-        run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=batch.mask.sum(1).mean().item())
+        run.log(episodes, c.rl_episodes, "episodes", success=success, decisions=made.mask.sum(1).mean().item())
 
 
 def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
