@@ -58,11 +58,10 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code, .5 mixes them     Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
     controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 1
-    kl_weight         alpha    scalar       price of one nat of code; 1 nat is 1.44 bits               Eq. 3
+    kl_weight         alpha    scalar       price of one nat of a proposal (1.44 bits)                  Eq. 3
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
-subgoals serve measurements alone. The *RL task* is longer than all that experts were seen to do, and no expert
-goes from one of its subgoals to the next one. What differs from the paper is marked "departure" in `Config`.
+subgoals serve measurements alone. What differs from the paper is marked "departure" in `Config`.
 """
 
 from __future__ import annotations
@@ -96,8 +95,7 @@ import envs
 # ----------------------------------------------------------------------------------------------------
 
 
-# Other names for int and float. They say which values a flag may have: `BOUNDS` has the least and the most of each.
-# (An annotation such as `Many` is kept as a string, by the import from __future__, and is looked up in `BOUNDS`.)
+# Other names for int and float: they say which values a flag may have. `BOUNDS` has the least and the most of each.
 Many = Count = Natural = int
 Chance = Weight = Rate = float
 BOUNDS = {
@@ -171,10 +169,10 @@ class Config:
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. Memory can also end at one step only, or become
-# weak. `faded` says where: it has one number for each step, which never rises. When step t looks at an earlier step s,
-# its weight is multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. Between equal numbers
-# this is 1. A large fall is a wall: the steps after it do not see those before it. In a blind episode there is a wall
-# at every step.
+# weak. `faded` says where, by one number for each step. From one step to the next it stays the same or falls. When
+# step t looks back at step s, its weight is multiplied by exp(faded_t - faded_s); then all weights are divided by
+# their sum. No fall between s and t: the factor is 1. A large fall: almost 0. That is a wall: the steps after it do
+# not see those before it. In a blind episode there is a wall at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -307,8 +305,6 @@ class BaseModel(nn.Module):
 # Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
 #
 # In: residuals of the frozen base. Out: changed residuals, so that the base acts as if it pursued a chosen goal.
-# A code of Z numbers says which goal. A decoder turns the code into a controller: a matrix U, applied to the residual.
-# Codes are held: a gate decides when the next one begins.
 #
 # While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
 # phase 3 a policy proposes them. The gate sees no future, so phase 3 can use it, too.
@@ -346,9 +342,9 @@ def shift_right(x):
 class Metacontroller(nn.Module):
     """Discovers codes and when to switch them: encoder, gate, decoder and controller.
 
-    The encoder reads a copy of the episode, the gate the episode itself. Each has a history of what it read. One GRU,
-    `history`, computes both (paper: one h_t for both). A second GRU, `embedder`, makes the encoder's summary of the
-    whole episode. `switch` is the gate's network."""
+    The encoder reads a renumbered copy of the episode, the gate the episode itself. So there are two histories. One
+    GRU, `history`, computes both (in the paper they are one h_t). A second GRU, `embedder`, makes the encoder's
+    summary of the whole episode. `switch` is the gate's network."""
 
     threshold = 0.5  # a gate above this is open (paper)
 
@@ -372,17 +368,18 @@ class Metacontroller(nn.Module):
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, residual, last):
-        """Gaussians of the proposals: residual (B, N, D) at N steps, those that `propose` picks -> mean and log_std
-        (B, N, Z). Of each step the encoder reads the residual, the history before it, and the episode's summary.
+        """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). The N steps are those where
+        `propose` wants a proposal, then the last observation; on the grid, all T + 1. At each step the encoder reads
+        the residual, the history before it, and the episode's summary.
 
-        last (B,): the index of each episode's last step. Padding comes after it. For the summary a GRU reads backwards
-        from that step to step 0. So each episode is reversed by itself: with last = 2 and N = 5 to 2, 1, 0, 0, 0."""
+        last (B,): the index of the last observation. Padding comes after it. For the summary a GRU reads backwards
+        from there to index 0: for last = 2 and N = 5 it reads 2, 1, 0, 0, 0; the state after the first 0 counts."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
         backwards = (last[:, None] - steps).clamp_min(0)  # (B, N)
         reversed_x = x[rows[:, None], backwards]
-        summary = self.embedder(reversed_x)[0][rows, last]  # (B, H): at index `last` it has just read step 0
+        summary = self.embedder(reversed_x)[0][rows, last]  # (B, H)
         summary = summary[:, None].expand(-1, x.shape[1], -1)
         return self.encoder(torch.cat([x, history, summary], dim=-1)).chunk(2, dim=-1)
 
@@ -402,8 +399,7 @@ class Metacontroller(nn.Module):
 
         In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. RL needs that, as a
-        policy must know when it decides; measurements use it, too. In phase 3 there is no whole episode to read. There
-        `CodePilot` does the same as this function, one step at a time.
+        policy must know when it decides; measurements use it, too. (`CodePilot` does the same, one step at a time.)
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
         history = shift_right(self.history(self.read(residual))[0])
@@ -448,8 +444,8 @@ def code_kl(mean, log_std):
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
 # model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
-# on a colour. In phase 2 we shall read the model blind, as if each step were the first of its episode. The step after
-# a visit is then a first step on a colour, so the model must know such starts.
+# on a colour. In phase 2 we shall read the model blind, as if each step were the first of its episode. A visit is the
+# move onto a colour; at the next step the agent stands there. So the model must know first steps on a colour.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +475,7 @@ def pretrain_loss(run: Run, base: BaseModel, episodes: envs.Episodes):
 
 
 def pretrain(run: Run) -> BaseModel:
-    """Train the base model on the expert's actions, then freeze it."""
+    """Phase 1: train the base, then freeze it."""
     c = run.config
     rng = run.seeded("pretrain")
     base = BaseModel(c).to(run.device)
@@ -505,8 +501,8 @@ def pretrain(run: Run) -> BaseModel:
 # something, the encoder speaks rarely: at most steps it proposes pure noise, N(0, I), which is free. To adopt noise
 # would spoil the code in force, and the base would predict worse. So the gate learns to stay shut at these steps. It
 # opens where a proposal says something: when the agent has just arrived on a colour, which shows in the residual.
-# (This is the paper's reason. On the small grid there must be a second one: with `--kl_weight 0` the gate opens at the
-# same steps. We do not know it.)
+# (This is the paper's reason. On the small grid there must be a second one, which we do not know: with `--kl_weight 0`
+# the gate opens at the same steps.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -516,20 +512,21 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps since the gate
 # opened. The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
-# Gate, encoder and policy read the residuals of the lower blocks, and remember what they read by GRUs of their own.
-# So they connect the steps even of a blind base.
+# Gate, encoder and policy read residuals of the lower blocks. GRUs connect what they read, even if the base is blind.
+# The policy reads step 1 and the steps where the gate opens. Where the lower blocks remember, their residuals tell it
+# of earlier steps, too.
 #
 # The price alone does not make the code name a goal. Two departures from the paper do:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. There the offset of a colour from the agent is random, except when the agent stands on it: then it
 #    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
-# 2. At first the base is blind. Suppose that it were not. It would remember that it comes from 0, and know that
-#    experts go from 0 to 2 or to 3. The encoder would only have to say which of the two. No code would mean "go to 1",
-#    and RL needs that after 0. But a blind base does not know where it comes from. So a code must name the goal
-#    itself, and "go to 1" works after any colour, also after 0.
-#    Later, ever more episodes are read with memory, because the base has it in phase 3, and the controllers must learn
-#    to steer it so. No expert goes from 0 to 1, so nothing trains this with memory. We measured that codes keep their
-#    meaning all the same: the chances of random codes at the top of this file (.208, .174 ...) are with memory.
+# 2. At first the base is blind. Suppose that it were not. Then it would know which colours experts visit next: after
+#    0 it is 2 or 3, after 3 it is 1 or 2. A code could mean "the first of the two": 2 after 0, but 1 after 3. No code
+#    would lead from 0 to 1, and RL needs that. But a blind base does not know where it comes from. So a code must name
+#    the goal itself, and "go to 1" works after any colour, also after 0.
+#    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, and the
+#    controllers must learn to steer it so. No expert goes from 0 to 1, so nothing trains this with memory. We measured
+#    that codes keep their meaning all the same: the chances of random codes at the top of this file are with memory.
 #
 # On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
 # cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
@@ -545,9 +542,9 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 
 def kl_charge(c: Config, progress: float) -> float:
-    """The share of the KL that is charged after this share of phase 2. With `blind` .65 it is 0 until .325, then it
-    rises, and is 1 from .65 on. At first nobody reads the code. If it had to pay its full price then, it would fall
-    silent, and nobody would learn to read it."""
+    """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `blind` .65 it is 0
+    until .325, then it rises, and is 1 from .65 on. At first nobody reads the code. If the encoder had to pay the full
+    price then, it would fall silent, and nobody would learn to read it."""
     return ramp(progress, c.blind / 2, c.blind)
 
 
@@ -584,12 +581,13 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
     (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
-    is noise, N(0, I), and free. Why? A training episode has one step on a colour, but the acting ant stands there for
-    ten. A gate that may open at each of them opens again and again. Noise teaches it to open at the entry alone."""
+    is noise, N(0, I), and free. Why? In training the ant is on the cell of a colour for 1.6 steps, but when it acts,
+    for more than ten. To open at each of them does little harm in training, but there it would. If the steps within a
+    cell propose noise, opening there does harm in training, too. So the gate learns to open at the entry alone."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = episodes.mask  # (B, T), of the T + 1 observations
     if kl_charge(run.config, progress) >= 0.5:
-        proposes = proposes & run.world.is_entry(episodes.obs)[:, :-1]
+        proposes = proposes & run.world.is_entry(episodes.obs)[:, :-1]  # on the grid every step is an entry
     count = proposes.sum(axis=1)
     # read: for each episode its proposing steps, then its last observation; shorter ones are padded
     is_read = np.pad(proposes, ((0, 0), (0, 1)))
@@ -624,7 +622,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
-    """Train the metacontroller on the frozen base, then freeze it too."""
+    """Phase 2: train the metacontroller on the frozen base, then freeze it, too."""
     c = run.config
     rng = run.seeded("discover")
     meta = learner = Metacontroller(c).to(run.device)  # learner: all that learns
@@ -692,8 +690,7 @@ class CodePilot(Pilot):
 
 
 class Decisions(NamedTuple):
-    """B finished episodes of K decisions each. RL on raw actions learns from actions, one at each step. Internal RL
-    learns from codes, one at each opening of the gate."""
+    """B finished episodes of K decisions each: actions, one a step | codes, one for each opening of the gate."""
 
     inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
     chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
@@ -703,8 +700,8 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """Sorts by episode what was collected step by step. steps: tuples of episode numbers (N,) and parts (N, ...) of N
-    episodes each. -> each part as (B, T, ...), 0 in the padding; last comes the mask (B, T)."""
+    """Sorts by episode what was collected step by step. steps: a tuple for each step, of the numbers (N,) of the N
+    episodes alive and of parts (N, ...). -> each part as (B, T, ...), 0 in the padding; last the mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))  # all steps behind each other
     parts.append(torch.ones(len(rows), device=rows.device))
     order = rows.argsort(stable=True)  # by episode, and by time within an episode
@@ -757,10 +754,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
 #     reward                               1      one, at the very end
 #
-# The policy's recurrent state advances at its decisions alone, and it gets only the residuals of those steps. Nobody
-# tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL can
-# begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage. (If the gate opens more
-# often, there are more decisions.)
+# Nobody tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL
+# can begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -863,7 +858,7 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
 
 
 def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
-    """Phase 3: train a policy over codes."""
+    """Phase 3: train a policy over codes, then freeze it."""
     c = run.config
     run.seeded("rl")  # decides the first weights
     policy = Policy(c).to(run.device)

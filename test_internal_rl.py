@@ -1455,8 +1455,8 @@ def test_checkpoint_of_another_run_is_refused(copied, capsys, flags):
 @pytest.mark.parametrize("stage", ir.STAGES)
 def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypatch):
     """Every config field that a stage reads, to train its model or to measure it, is compared before its checkpoint is
-    used again: it is not behind the stage's last one. Actions are sampled at --temperature where codes steer the base,
-    random ones or the policy's, and at 1 where ground-truth controllers do or nobody."""
+    used again: it is not behind the stage's last one. Actions are sampled at --temperature where controllers steer the
+    base, and at 1 where nobody does."""
     batch, part = envs.World.batch, ir.STAGES[stage]
     monkeypatch.setattr(envs.World, "batch", lambda world, *a, **k: batch(replace(world, limit=20), *a, **k))
     run = make_run(**SHORT, world=name, obs_loss=0.1, rl_episodes=16, rl_batch=8, temperature=0.37)
@@ -1468,7 +1468,7 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     part.measure(run, part.train(run, *(models[need] for need in part.needs)), models)
     names = [*ir.Config.__dataclass_fields__]
     assert "eval_episodes" in read and read & {*names[names.index(part.last) + 1 :]} == set()
-    assert seen == {0.37 if stage in ("discover", "rl") else 1}
+    assert seen == {1 if stage in ("pretrain", "raw") else 0.37}
 
 
 @pytest.mark.parametrize("flags", [
