@@ -26,10 +26,11 @@ this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. (So
-       it sees which colour is visited when, but no directions: codes become goals, not paths.) It proposes codes. A
-       *gate* sees the residuals up to now and the code in force. It decides when a proposal replaces that code. The
-       code becomes a matrix U_t, which acts between the blocks.
+       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. In the
+       copy a colour may seem to lie anywhere, except when the agent stands on it. So the encoder sees when each colour
+       is visited, but no directions: codes become goals, not paths. It proposes codes. A *gate* sees the residuals up
+       to now and the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t,
+       which acts between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
@@ -133,7 +134,7 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: for this share of phase 2 the base has no memory; 1: nor in phase 3
+    blind: Chance = 0.65  # departure: for this share of phase 2 the base has no memory, then ever more; 1: never
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     temperature: Rate = 0.3  # departure: of the base's actions when it is steered, in phase 3, too (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
@@ -168,11 +169,11 @@ class Config:
 # lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for. Memory can also end at one step only, or become
-# weak. `faded` says where, by one number for each step. From one step to the next it stays the same or falls. When
-# step t looks back at step s, its weight is multiplied by exp(faded_t - faded_s); then all weights are divided by
-# their sum. No fall between s and t: the factor is 1. A large fall: almost 0. That is a wall: the steps after it do
-# not see those before it. In a blind episode there is a wall at every step.
+# episode began at this step. Phase 2 says what this is good for. Memory can also end at one step, or become weak
+# there. `faded` says where: it has one number for each step, and never rises. If it falls far between step s and a
+# later step t, then t does not see s: there is a *wall* between them. If it does not fall, t sees s as usual. In the
+# attention, the weight that t gives to s is multiplied by exp(faded_t - faded_s); then all weights are divided by
+# their sum. In a blind episode there is a wall at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -440,12 +441,12 @@ def code_kl(mean, log_std):
 # holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
 # shows progress, `run.tensor` turns a numpy array into a tensor. A phase depends on config, seed and earlier phases.
 # `update` is one step of the optimisers, `rate` how the learning rate falls: a share of its peak. Both come later.
-# A loss is a sum over steps; it is divided by the mean length of the batch's episodes, to be a loss for each step.
+# In phases 1 and 2 a loss is a sum over steps, divided by the mean length of the batch's episodes.
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
 # model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
-# on a colour. In phase 2 we shall read the model blind, as if each step were the first of its episode. A visit is the
-# move onto a colour; at the next step the agent stands there. So the model must know first steps on a colour.
+# on a colour. Why? After a visit the agent stands on a colour. In phase 2 we shall read the model blind; then this
+# step looks like the first step of an episode. So the model must have seen episodes that begin so.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -510,7 +511,7 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, at first   each step alone        all steps so far   all steps, renumbered
 #     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps since the gate
+# (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps after the gate
 # opened. The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
 # Gate, encoder and policy read residuals of the lower blocks. GRUs connect what they read, even if the base is blind.
 # The policy reads step 1 and the steps where the gate opens. Where the lower blocks remember, their residuals tell it
@@ -524,15 +525,16 @@ def pretrain(run: Run) -> BaseModel:
 #    0 it is 2 or 3, after 3 it is 1 or 2. A code could mean "the first of the two": 2 after 0, but 1 after 3. No code
 #    would lead from 0 to 1, and RL needs that. But a blind base does not know where it comes from. So a code must name
 #    the goal itself, and "go to 1" works after any colour, also after 0.
-#    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, and the
-#    controllers must learn to steer it so. No expert goes from 0 to 1, so nothing trains this with memory. We measured
-#    that codes keep their meaning all the same: the chances of random codes at the top of this file are with memory.
+#    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
+#    controllers must learn to steer a base that remembers. But no expert goes from 0 to 1, so they never practise this
+#    with memory. We measured that the codes work all the same: the chances of random codes at the top of this file are
+#    with memory.
 #
 # On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
 # cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
-# experts do. So the preset `laptop` begins blind, too (`blind` .36), but then the base remembers only what happened
-# since the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the blocks
-# above it forget when the gate opens (`forget`).
+# experts do. (On the small grid it does so seldom. We do not know why.) So the preset `laptop` begins blind, too
+# (`blind` .36), but then the base remembers only the steps after the gate opened. For this, the block below the
+# controller is always blind (`blind_blocks`), and the blocks above it forget when the gate opens (`forget`).
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -581,9 +583,10 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
     (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
-    is noise, N(0, I), and free. Why? In training the ant is on the cell of a colour for 1.6 steps, but when it acts,
-    for more than ten. To open at each of them does little harm in training, but there it would. If the steps within a
-    cell propose noise, opening there does harm in training, too. So the gate learns to open at the entry alone."""
+    is noise, N(0, I), and free. Why? In training the ant leaves the cell of a colour after 1.6 steps. When it acts, it
+    stays for more than ten. A gate that opens at each of them does little harm in training, but when the ant acts, the
+    policy must choose a code each time. With noise at the steps within a cell, to open there spoils the code in
+    training, too. So the gate learns to open at the entry alone."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = episodes.mask  # (B, T), of the T + 1 observations
     if kl_charge(run.config, progress) >= 0.5:
@@ -605,8 +608,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    progress (0 to 1): the share of phase 2 that is done. The base is frozen, but gradients flow through its upper
-    blocks to the controller, the gate and the encoder."""
+    progress (0 to 1): the share of phase 2 that is done. The base is frozen (without `cotrain`), but gradients flow
+    through its upper blocks to the controller, the gate and the encoder."""
     obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
     faded = draw_blind(run, obs, progress)
     residual, _ = base.lower(obs, faded)
@@ -651,7 +654,7 @@ def discover(run: Run, base: BaseModel) -> Metacontroller:
 
 
 class Pilot:
-    """Steers the base while it acts. This one leaves it alone. B: the episodes that have not ended."""
+    """Steers the base while it acts. This one leaves it alone."""
 
     def __init__(self, temperature: float = 1.0, blind=False, forget=False):
         self.temperature = temperature  # of the base's actions
@@ -659,8 +662,8 @@ class Pilot:
         self.forget = forget and not blind  # upper blocks forget where `opened`
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) -> controlled residual (B, D). rows (B,): the numbers of these episodes in the whole batch.
-        batch: the episodes themselves; only the pilot of the check, `LabelPilot`, may look into them."""
+        """residual (B, D) of the episodes that have not ended -> controlled residual (B, D). rows (B,): their numbers
+        in the whole batch. batch: the episodes; only the pilot of the check, `LabelPilot`, may look into them."""
         return residual
 
 
@@ -690,7 +693,7 @@ class CodePilot(Pilot):
 
 
 class Decisions(NamedTuple):
-    """B finished episodes of K decisions each: actions, one a step | codes, one for each opening of the gate."""
+    """B finished episodes of up to K decisions: actions, one a step | codes, one for each opening of the gate."""
 
     inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
     chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
@@ -700,8 +703,8 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """Sorts by episode what was collected step by step. steps: a tuple for each step, of the numbers (N,) of the N
-    episodes alive and of parts (N, ...). -> each part as (B, T, ...), 0 in the padding; last the mask (B, T)."""
+    """Sorts by episode what was collected step by step. steps: for each step a tuple, of the numbers (N,) of some
+    episodes and of what each gave (N, ...). -> each part as (B, T, ...), 0 in the padding; last the mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))  # all steps behind each other
     parts.append(torch.ones(len(rows), device=rows.device))
     order = rows.argsort(stable=True)  # by episode, and by time within an episode
