@@ -900,7 +900,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3,
-            blind=1.0, kl_weight=2.0, rl_episodes=30_720, rl_batch=512, eval_episodes=512,
+            blind=1.0, kl_weight=2.0, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
@@ -1350,45 +1350,32 @@ def share_of(successes: float, count: int) -> list[float]:
     return [p, max(0.0, middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)]
 
 
-def at_depths(base: BaseModel):
-    """The same base with the same weights, steered after its embedding, then after each block."""
-    for block in range(len(base.blocks) + 1):
-        other = copy.copy(base)
-        other.control_block = block
-        yield other
-
-
-@torch.no_grad()
-def residuals(run: Run, base: BaseModel, episodes: envs.Episodes, blind: bool):
-    """The residual stream where it is steered, at all steps of all episodes: (steps, D)."""
-    found = []
-    for part in episodes.chunks():
-        obs = run.tensor(part.obs[:, :-1])
-        residual, _ = base.lower(obs, each_alone(obs) if blind else None)
-        found.append(residual[run.tensor(part.mask)])
-    return torch.cat(found)
-
-
 def claim_belief(run: Run, models: dict):
     """The subgoal can be read off the residual stream linearly, from mid-depth on better than at the input (Fig. 3).
     Blind: what a step alone tells. The read-out learns from the first half of the held-out episodes."""
-    episodes, found = run.held_out(), {"all steps so far": [], "blind": []}
+    episodes, base = run.held_out(), copy.copy(models["pretrain"])
     subgoal = run.tensor(subgoals(run.world, episodes)[0][episodes.mask])
-    for base in at_depths(models["pretrain"]):
-        for name, accuracies in found.items():
-            inputs = residuals(run, base, episodes, blind=name == "blind")
-            accuracies.append(fit_readout(run, inputs, subgoal, hidden=0))
-    embedding, *rest = found["all steps so far"]
-    return found, min(rest[len(rest) // 2 :]) > max(embedding, *found["blind"]) + 0.05
+    parts = [(run.tensor(part.obs[:, :-1]), run.tensor(part.mask)) for part in episodes.chunks()]
+    seen, blind = [], []
+    for block in range(len(base.blocks) + 1):
+        base.control_block = block  # `lower` ends there
+        residual = torch.cat([base.lower(obs)[0][mask] for obs, mask in parts])
+        seen.append(fit_readout(run, residual, subgoal, hidden=0))
+        residual = torch.cat([base.lower(obs, each_alone(obs))[0][mask] for obs, mask in parts])
+        blind.append(fit_readout(run, residual, subgoal, hidden=0))
+    later_half = seen[1 + len(base.blocks) // 2 :]
+    return {"all steps so far": seen, "blind": blind}, min(later_half) > max(seen[0], *blind) + 0.05
 
 
 def claim_depth(run: Run, models: dict):
     """Controllers of true subgoals steer best near the middle (Fig. 4): labels after each block, trained alike. The
     base has its memory all the time, as in the paper."""
-    run, bases = copy.copy(run), at_depths(models["pretrain"])
+    run, base = copy.copy(run), copy.copy(models["pretrain"])
     run.config = replace(run.config, blind=0.0)
-    measured = [measure_labels(run, train_labels(run, base), {"pretrain": base}) for base in bases]
-    success = [metrics["steer_success"] for metrics in measured]
+    success = []
+    for block in range(len(base.blocks) + 1):
+        base.control_block = block
+        success.append(measure_labels(run, train_labels(run, base), {"pretrain": base})["steer_success"])
     return {"success of labels": success}, max(success[1:-1]) > max(success[0], success[-1]) + 0.05
 
 
@@ -1405,55 +1392,57 @@ def claim_gate(run: Run, models: dict):
 
 def unseen_share(world: envs.World, visited) -> list[float]:
     """How often a transition of the RL task is made where it could be, in roaming episodes; visited (N, T)."""
-    first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial for each episode
+    first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial per episode, if it has two
     counts, unseen = transition_counts(world, np.where(first_two, visited, -1)), world.transitions(world.rl_task)
     return share_of(sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a, _ in unseen))
 
 
+def two_codes(run: Run, meta: Metacontroller, first, second, step: int = 0) -> CodePilot:
+    """Steers by the codes `first` (B, Z), from the next opening of the gate on by `second`. At `step` we open it."""
+    pilot = CodePilot(run, len(first), meta, lambda residual, rows: (second if pilot.step else first)[rows])
+    pilot.forced = {0, step}
+    return pilot
+
+
 def claim_goal(run: Run, models: dict):
     """A code is a goal, whatever came before (App. B.3.2). Each agent gets the mean code of one subgoal, then that of
-    another (or a random one): half a leg after its start, or when it has arrived, as in the unseen transitions of the
-    RL task. Of those, episodes without a second visit do not count."""
-    base, meta, world = models["pretrain"], models["discover"], run.world
-    rng, count, codes = run.seeded("claims"), 4 * run.config.eval_episodes, mean_codes(run)
+    another (or a random one): half a leg after its start, or on arrival, as in the unseen transitions of RL."""
+    base, meta = models["pretrain"], models["discover"]
+    rng, count = run.seeded("claims"), 4 * run.config.eval_episodes
+    world, codes = run.world, mean_codes(run)
     roam = lambda pilot: rollout(run, base, pilot, world.batch(count, rng, roam=True))[1]
-
-    def visits(pairs, *forced, chance=False):
-        """Each agent has a pair of codes: the first, and from the next opening of the gate on the second, or with
-        `chance` a random one. At the steps `forced` the gate is opened by force."""
-        pair = pairs[rng.integers(len(pairs), size=count)].T
-        first, second = codes[pair[0]], torch.randn_like(codes[pair[1]]) if chance else codes[pair[1]]
-        pilot = CodePilot(run, count, meta, lambda residual, rows: (second if pilot.step else first)[rows])
-        pilot.forced = (0, *forced)
-        return pair[1], roam(pilot)
-
-    found, goal, pairs = {}, run.held_out().goal, np.argwhere(~np.eye(len(codes), dtype=bool))
-    half = max(1, round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2))
-    ways = ("kept", (), False), ("replaced by a random one", (half,), True), ("replaced", (half,), False)
-    for name, forced, chance in ways:
-        second, visited = visits(pairs, *forced, chance=chance)
+    found, goal = {}, run.held_out().goal
+    half = round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2)
+    pairs = np.argwhere(~np.eye(len(codes), dtype=bool))  # all pairs of different subgoals
+    for name in ("kept", "replaced by a random one", "replaced"):
+        first, second = rng.choice(pairs, count).T
+        new = codes[first if name == "kept" else second]
+        if name == "replaced by a random one":
+            new = torch.randn_like(new)
+        visited = roam(two_codes(run, meta, codes[first], new, half))
         late = (visited[:, :half] < 0).all(axis=1)  # no visit before the code was replaced
         arrived = visited[np.arange(count), (visited >= 0).argmax(axis=1)] == np.array(world.subgoals)[second, 0]
         found[f"its colour is next, code {name}"] = share_of(arrived[late].sum(), late.sum())
-    unseen = np.array(sorted(world.transitions(world.rl_task)))
     found["unseen transition, base alone"] = unseen_share(world, roam(Pilot(run.config.temperature)))
-    found["unseen transition, codes"] = unseen_share(world, visits(unseen)[1])
+    first, second = rng.choice(sorted(world.transitions(world.rl_task)), count).T
+    found["unseen transition, codes"] = unseen_share(world, roam(two_codes(run, meta, codes[first], codes[second])))
     kept, by_chance, replaced, alone, coded = (share for share, *_ in found.values())
     return found, replaced > max(kept, by_chance) + 0.05 and coded > alone + 0.05
 
 
 def right_visits(world: envs.World, visited) -> np.ndarray:
-    """How many visits of the RL task each episode makes before a wrong one or its end; visited (N, T) -> (N,)."""
-    sequences, task = [row[row >= 0][: len(world.rl_task)] for row in visited], np.array(world.rl_task)
-    return np.array([(sequence == task[: len(sequence)]).cumprod().sum() for sequence in sequences])
+    """How many episodes make the first visit of the RL task, the second, ...; a wrong one ends an episode."""
+    number = (visited >= 0).cumsum(axis=1) - 1  # of the latest visit, (N, T)
+    right = (visited >= 0) & (visited == np.array(world.rl_task)[number])
+    return np.bincount(number[right], minlength=len(world.rl_task))
 
 
 def claim_explore(run: Run, models: dict):
     """Before anything is learned, random codes succeed more often than the base that RL on raw actions starts from
     (Fig. A5): by more than twice the deviation of the difference. Beside them stand random moves: the base at a
     temperature of a million."""
-    c, base, meta, found = run.config, models["pretrain"], models["discover"], {}
-    rng, restless = run.seeded("claims"), copy.copy(meta)
+    c, rng = run.config, run.seeded("claims")
+    meta, restless = models["discover"], copy.copy(models["discover"])
     restless.force_open = True
     pilots = {
         "random codes": lambda: CodePilot(run, c.rl_batch, meta, random_codes(run)),
@@ -1462,13 +1451,12 @@ def claim_explore(run: Run, models: dict):
         f"the base alone, temperature {c.temperature}": lambda: Pilot(c.temperature),
         "random moves": lambda: Pilot(1e6),
     }
+    play = lambda pilot: rollout(run, models["pretrain"], pilot, run.world.batch(c.rl_batch, rng))[1]
+    found, episodes = {}, 100 * c.rl_batch
     for name, pilot in pilots.items():
-        played = [rollout(run, base, pilot(), run.world.batch(c.rl_batch, rng))[1] for _ in range(100)]
-        right = np.concatenate([right_visits(run.world, visited) for visited in played])
-        reached = right[:, None] > np.arange(len(run.world.rl_task))  # (N, visits)
-        solved = share_of(reached[:, -1].sum(), len(reached))
-        found[name] = {"solved": solved, "by visit": reached.mean(axis=0).tolist()}
-    codes, _, alone, colder, _ = (part["solved"][0] * len(reached) for part in found.values())
+        reached = sum(right_visits(run.world, play(pilot())) for _ in range(100))
+        found[name] = {"solved": share_of(reached[-1], episodes), "by visit": (reached / episodes).tolist()}
+    codes, _, alone, colder, _ = (part["solved"][0] * episodes for part in found.values())
     return found, all(codes - other > 2 * (codes + other) ** 0.5 for other in (alone, colder))
 
 
@@ -1488,9 +1476,8 @@ def gradient_signal(model: nn.Module, play, log_prob, clip: float, batches: int 
     total = squares = success = decisions = 0.0
     for _ in range(batches):
         batch, solved = play()
-        loss = policy_loss(
-            log_prob(batch.inputs, batch.chosen), batch.log_prob, terminal_advantage(batch.reward), batch.mask, clip
-        )
+        new = log_prob(batch.inputs, batch.chosen)
+        loss = policy_loss(new, batch.log_prob, terminal_advantage(batch.reward), batch.mask, clip)
         parts = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
         gradient = torch.cat([part.flatten() for part in parts if part is not None])
         total, squares = total + gradient, squares + gradient.square().sum()
@@ -1527,20 +1514,19 @@ def claim_credit(run: Run, models: dict):
 def claim_raw(run: Run, models: dict):
     """RL on raw actions fails (Figs. 8, A5), also with ten times the episodes, at the temperature of internal RL."""
     c, long = run.config, copy.copy(run)
-    long.config, long.curves = replace(c, rl_episodes=10 * c.rl_episodes), {}
+    long.config = replace(c, rl_episodes=10 * c.rl_episodes)
     raw_rl(long, models["pretrain"], c.temperature)
-    success = [success for _, success in long.curves["raw"]]
-    share = lambda part: share_of(sum(part) * c.rl_batch, len(part) * c.rl_batch)
-    found = {"solved in training": share(success), "in the last tenth": share(success[-max(1, len(success) // 10) :])}
-    return found, found["in the last tenth"][2] < 0.01
+    episodes, success = zip(*long.curves["raw"])
+    found = {"solved in training": share_of(sum(success) * c.rl_batch, episodes[-1])}
+    return found, found["solved in training"][2] < 0.001
 
 
 def claim_controls(run: Run, others: list):
     """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
     own, price = run.saved["rl"]["metrics"]["internal_rl_success"], run.config.kl_weight
     finished = [(c, m) for c, m in others if "internal_rl_success" in m and c["kl_weight"] == price]
-    runs = lambda wanted: [m["internal_rl_success"] for c, m in finished if wanted(c)]
-    found = {"gate forced open": runs(lambda c: c["force_open"]), "co-trained": runs(lambda c: c["cotrain"])}
+    runs = lambda flag: [m["internal_rl_success"] for c, m in finished if c[flag]]
+    found = {"gate forced open": runs("force_open"), "co-trained": runs("cotrain")}
     return found | {"internal RL": [own]}, own > 0.5 and all(each and max(each) < 0.05 for each in found.values())
 
 
@@ -1559,7 +1545,6 @@ def claim_rate(run: Run, others: list):
     return found, most["frozen"] >= 0.5 > most["co-trained"]
 
 
-TRAINED = "pretrain", "discover", "rl"  # the stages of the method
 CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (run, other runs) -> numbers, whether it holds
 CLAIMS = {  # (run, models) -> numbers, whether it holds
     "belief": claim_belief, "depth": claim_depth, "gate": claim_gate, "goal": claim_goal, "explore": claim_explore,
@@ -1887,6 +1872,7 @@ STAGES = {
     "rl": Stage("rl", ("pretrain", "discover"), "rl_clip", internal_rl, Policy, measure_policy),
     "raw": Stage("rl", ("pretrain",), "raw_lr", raw_rl, BaseModel, measure_raw),
 }
+TRAINED = "pretrain", "discover", "rl"  # the stages of the method
 NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
 
 

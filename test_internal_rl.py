@@ -1118,19 +1118,18 @@ def test_parts_of_the_claims_by_hand():
     run, base, meta, _ = make_players("small", layers=3)
     obs = run.tensor(run.held_out().obs)
     x = base.embed(obs)
-    others = [*ir.at_depths(base)]
-    for block, other in enumerate(others):
+    other = copy.copy(base)
+    for block in range(4):
+        other.control_block = block
         assert torch.equal(other.lower(obs)[0], x)
         x = base.blocks[block](x)[0] if block < 3 else x
-    assert len(others) == 4 and base.control_block == 1 and others[3].embed is base.embed
-    visited = np.array([[0, -1, 1, 3], [-1, -1, -1, -1], [1, 0, 1, 2], [0, 1, 2, -1]])
-    assert ir.right_visits(SMALL, visited).tolist() == [2, 0, 0, 3]
+    assert base.control_block == 1 and other.embed is base.embed
+    visited = np.array([[0, -1, 1, 3], [-1, -1, -1, -1], [1, -1, -1, -1], [0, 1, 2, -1]])
+    assert ir.right_visits(SMALL, visited).tolist() == [2, 2, 1, 0, 0, 0]
     assert ir.unseen_share(SMALL, np.array([[0, -1, 1, 2], [-1, 0, 2, 3]]))[0] == 0.5
     for gate, when, expected in ((0, 2, [1, 1, 2, 2]), (0, -1, [1, 1, 1, 1]), (1, 3, [1, 2, 2, 2])):
         meta.gate = lambda residual, history, code, gate=gate: torch.full((len(code),), float(gate))
-        codes, held = (torch.ones(5, 4), torch.full((5, 4), 2.0)), []
-        pilot = ir.CodePilot(run, 5, meta, lambda residual, rows: codes[pilot.step > 0][rows])
-        pilot.forced = (0, when)
+        pilot, held = ir.two_codes(run, meta, torch.ones(5, 4), torch.full((5, 4), 2.0), when), []
         for step in range(4):
             pilot.steer(torch.randn(5, 16), None, torch.arange(5))
             held.append(pilot.code[0, 0].item())
