@@ -7,17 +7,15 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
     world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (here: if obs is cells)
-    world.is_entry(obs)             * at which steps the encoder reads and proposes
+    world.is_entry(obs)             * at which steps the encoder may propose, late in phase 2
     world.expert_success(count)     in the RL task
     world.batch(count, rng)         episodes of the RL task, to act in: * observe, * step, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere
     world.floor(episodes)           loss of the best possible predictor of the expert, where it is known
     world.places(obs)               * where everything is, to draw it
 
-A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`.
-
-Everything is written once, for a batch of episodes, in numpy. The Gymnasium environments
-`InternalRL/GridPinpad-v0` and `InternalRL/AntPinpad-v0` are views of a batch of one:
+A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`. Everything is written
+once, for a batch of episodes, in numpy. The Gymnasium environments are views of a batch of one:
 
     import gymnasium, envs
     env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 grid and RL task
