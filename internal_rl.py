@@ -8,9 +8,9 @@
 The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
 and the only reward comes after the last visit. A wrong visit ends the episode. RL must first succeed by chance, and
 can only then learn. RL begins with a model, the *base*, that was trained to imitate experts. Each expert's episode has
-three visits, in one of 16 orders. No expert goes from 0 to 1, from 1 to 2, from 2 to 3 or from 3 to 0. How likely is a
-first success by chance? We measured how often each of the six visits is right when all visits before it were right.
-The product is the chance of a success:
+three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2, from 2 to 3 or from 3 to 0.
+How likely is a first success by chance? We measured how often each of the six visits is right when all visits before
+it were right. The product is the chance of a success:
 
     the base acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
     random *codes* steer the same base:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
@@ -134,7 +134,7 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: for this share of phase 2 the base has no memory, then ever more; 1: never
+    blind: Chance = 0.65  # departure: the base has no memory in this share of phase 2 (1: in phase 3, too)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     temperature: Rate = 0.3  # departure: of the base's actions when it is steered, in phase 3, too (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
@@ -369,12 +369,13 @@ class Metacontroller(nn.Module):
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, residual, last):
-        """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). The N steps are those where
-        `propose` wants a proposal, then the last observation; on the grid, all T + 1. At each step the encoder reads
-        the residual, the history before it, and the episode's summary.
+        """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). The N steps are those where a
+        code is proposed, then the last observation. `propose` picks them: on the grid all T + 1, for the ant fewer. At
+        each, the encoder reads the residual, the history before it, and the episode's summary.
 
-        last (B,): the index of the last observation. Padding comes after it. For the summary a GRU reads backwards
-        from there to index 0: for last = 2 and N = 5 it reads 2, 1, 0, 0, 0; the state after the first 0 counts."""
+        last (B,): the place of the last observation among the N. Padding follows it. For the summary a GRU reads
+        backwards, from `last` to 0. All rows need N inputs, so 0 is repeated: for last = 2 and N = 5 it reads 2, 1, 0,
+        0, 0. We take its state after the first 0."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -445,8 +446,8 @@ def code_kl(mean, log_std):
 #
 # Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
 # model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
-# on a colour. Why? After a visit the agent stands on a colour. In phase 2 we shall read the model blind; then this
-# step looks like the first step of an episode. So the model must have seen episodes that begin so.
+# on a colour; any other colour may be their first goal. Why? After a visit the agent stands on a colour. In phase 2 we
+# shall read the model blind; then this step looks like the first step of an episode, and every goal must be possible.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -521,10 +522,11 @@ def pretrain(run: Run) -> BaseModel:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. There the offset of a colour from the agent is random, except when the agent stands on it: then it
 #    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
-# 2. At first the base is blind. Suppose that it were not. Then it would know which colours experts visit next: after
-#    0 it is 2 or 3, after 3 it is 1 or 2. A code could mean "the first of the two": 2 after 0, but 1 after 3. No code
-#    would lead from 0 to 1, and RL needs that. But a blind base does not know where it comes from. So a code must name
-#    the goal itself, and "go to 1" works after any colour, also after 0.
+# 2. At first the base is blind. Suppose that it remembered. It knows that experts go from 0 to 2 or 3, and from 3 to
+#    1 or 2. Then a code could mean "the lower of the two numbers": 2 after 0, but 1 after 3. No code would lead from 0
+#    to 1, and RL needs that. A blind base does not know what was visited. It sees that it stands on 0, but this looks
+#    like an episode that begins there, and any goal may follow. So a code must name the goal itself. "Go to 1" then
+#    works after any colour, also after 0.
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
 #    controllers must learn to steer a base that remembers. But no expert goes from 0 to 1, so they never practise this
 #    with memory. We measured that the codes work all the same: the chances of random codes at the top of this file are
@@ -583,15 +585,15 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
     (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
-    is noise, N(0, I), and free. Why? In training the ant leaves the cell of a colour after 1.6 steps. When it acts, it
-    stays for more than ten. A gate that opens at each of them does little harm in training, but when the ant acts, the
-    policy must choose a code each time. With noise at the steps within a cell, to open there spoils the code in
-    training, too. So the gate learns to open at the entry alone."""
+    is noise, N(0, I), and free. Why? All steps on the cell of a colour look alike, so the gate may open at each. In
+    training, which has long strides, the ant leaves the cell after 1.6 steps, and this does little harm. When it is
+    simulated, it stays for more than ten steps, and the policy would have to choose a code at each. So training must
+    punish this. If the proposals after the entry are noise, to adopt them spoils the code: so it opens once."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = episodes.mask  # (B, T), of the T + 1 observations
     if kl_charge(run.config, progress) >= 0.5:
         proposes = proposes & run.world.is_entry(episodes.obs)[:, :-1]  # on the grid every step is an entry
-    count = proposes.sum(axis=1)
+    count = proposes.sum(axis=1)  # also the place of the last observation, behind them
     # read: for each episode its proposing steps, then its last observation; shorter ones are padded
     is_read = np.pad(proposes, ((0, 0), (0, 1)))
     is_read[np.arange(len(view)), episodes.lengths] = True
@@ -703,7 +705,7 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """Sorts by episode what was collected step by step. steps: for each step a tuple, of the numbers (N,) of some
+    """Sorts by episode what was collected step by step. steps: for each step a tuple, of the indices (N,) of some
     episodes and of what each gave (N, ...). -> each part as (B, T, ...), 0 in the padding; last the mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))  # all steps behind each other
     parts.append(torch.ones(len(rows), device=rows.device))
