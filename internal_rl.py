@@ -5,12 +5,12 @@
     python internal_rl.py --env ant                       # the paper's ant
     python internal_rl.py --env grid --fast               # a smoke run of the same code, under a minute
 
-The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. It is not told this order,
-and the only reward comes after the last visit. A wrong visit ends the episode. RL must first succeed by chance, and
-can only then learn. RL begins with a model, the *base*, that was trained to imitate experts. Each expert's episode has
-three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2, from 2 to 3 or from 3 to 0.
-How likely is a first success by chance? We measured how often each of the six visits is right when all visits before
-it were right. The product is the chance of a success:
+The problem. On a small grid with four colours, an agent must make six visits: 0-1-2-3-0-1. This is the *RL task*. The
+agent is not told it, and the only reward comes after the last visit. A wrong visit ends the episode. RL must first
+succeed by chance, and can only then learn. RL begins with a model, the *base*, that was trained to imitate experts.
+Each expert's episode has three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2,
+from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the six visits is
+right when all visits before it were right. The product is the chance of a success:
 
     the base acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
     random *codes* steer the same base:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
@@ -59,7 +59,7 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code, .5 mixes them     Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
     controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 1
-    kl_weight         alpha    scalar       price of one nat of a proposal (1.44 bits)                  Eq. 3
+    kl_weight         alpha    scalar       price of one nat of a proposal (1.44 bits)                 Eq. 3
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
 subgoals serve measurements alone. What differs from the paper is marked "departure" in `Config`.
@@ -306,7 +306,6 @@ class BaseModel(nn.Module):
 # Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
 #
 # In: residuals of the frozen base. Out: changed residuals, so that the base acts as if it pursued a chosen goal.
-#
 # While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
 # phase 3 a policy proposes them. The gate sees no future, so phase 3 can use it, too.
 # ----------------------------------------------------------------------------------------------------
@@ -528,9 +527,9 @@ def pretrain(run: Run) -> BaseModel:
 #    like an episode that begins there, and any goal may follow. So a code must name the goal itself. "Go to 1" then
 #    works after any colour, also after 0.
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
-#    controllers must learn to steer a base that remembers. But no expert goes from 0 to 1, so they never practise this
-#    with memory. We measured that the codes work all the same: the chances of random codes at the top of this file are
-#    with memory.
+#    controllers must learn to steer a base that remembers. But after a visit to 0 no expert goes to 1, so nothing
+#    trains this with memory. We measured that the codes work all the same: the chances of random codes at the top of
+#    this file are with memory.
 #
 # On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
 # cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
@@ -588,7 +587,7 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     is noise, N(0, I), and free. Why? All steps on the cell of a colour look alike, so the gate may open at each. In
     training, which has long strides, the ant leaves the cell after 1.6 steps, and this does little harm. When it is
     simulated, it stays for more than ten steps, and the policy would have to choose a code at each. So training must
-    punish this. If the proposals after the entry are noise, to adopt them spoils the code: so it opens once."""
+    punish this. If the proposals after the entry are noise, to adopt them spoils the code, and the gate opens once."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = episodes.mask  # (B, T), of the T + 1 observations
     if kl_charge(run.config, progress) >= 0.5:
@@ -597,7 +596,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     # read: for each episode its proposing steps, then its last observation; shorter ones are padded
     is_read = np.pad(proposes, ((0, 0), (0, 1)))
     is_read[np.arange(len(view)), episodes.lengths] = True
-    read = pad_sequence([run.tensor(obs[steps]) for obs, steps in zip(view, is_read)], batch_first=True)  # (B, N, F)
+    read = run.tensor(view[is_read]).split((count + 1).tolist())
+    read = pad_sequence(read, batch_first=True)  # (B, N, F)
     residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # at progress 0 all episodes are blind
     said = torch.cat(meta.encode(residual, last=run.tensor(count)), dim=-1)  # (B, N, 2 Z)
     # and back to the steps where they belong; at the others mean and log_std stay 0, which is N(0, I)
@@ -759,7 +759,7 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
 #     reward                               1      one, at the very end
 #
-# Nobody tells it the task. Random codes already walk to colours, so an episode succeeds by chance now and then, and RL
+# Nobody tells the policy its task. Random codes already walk to colours, so some episodes succeed by chance, and RL
 # can begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage.
 # ----------------------------------------------------------------------------------------------------
 
@@ -819,12 +819,12 @@ def terminal_advantage(reward):
 def policy_loss(log_prob, old_log_prob, advantage, mask, clip: float):
     """Minus PPO's clipped objective, mean over decisions. log_prob, old_log_prob, mask (B, K), advantage (B,).
 
-        ratio = new probability of the decision / old probability
-        bound = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )"""
+        ratio     = new probability of the decision / old probability
+        objective = min( ratio A, clip(ratio, 1 - clip, 1 + clip) A )"""
     ratio = torch.exp((log_prob - old_log_prob) * mask)  # 1 in the padding
     advantage = advantage[:, None]
-    bound = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(bound * mask).sum() / mask.sum()
+    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -(objective * mask).sum() / mask.sum()
 
 
 def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_prob, enough: float = math.inf) -> None:
