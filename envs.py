@@ -139,8 +139,8 @@ class World:
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         """`count` trajectories of the expert to learn from.
 
-        Jumps: with chance `jumps` a step is followed by a jump to a random free cell, and half of the episodes try to
-        start on a random colour: not the goal's, and there must be a way. Targets are the expert's actions everywhere.
+        With chance `jumps` a step is followed by a jump to a random free cell, if there is a way from it to the goal.
+        Targets are the expert's actions everywhere.
         """
         return self.simulate(self.pretrain_tasks, count, rng, self.jumps)[0]
 
@@ -178,7 +178,6 @@ class World:
         """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
         layout, tasks, field = solvable_layouts(self, tasks, count, rng)
         batch, alive = self.start(layout, tasks, rng), np.arange(count)
-        batch.jump(0.5 * (jumps > 0), field, alive, layout[:, : self.colours])
         seen, target, successes = batch.observe(), None, 0
         obs = np.zeros((count, self.limit + 1, seen.shape[1]), dtype=seen.dtype)
         goal, length = np.full((count, self.limit), -1), np.zeros(count, dtype=int)
@@ -272,20 +271,14 @@ class Batch:
         solved = self.goal() < 0
         return visited, solved.astype(np.float32), solved | over | ((visited >= 0) & ~correct)
 
-    def jump(self, chance, field: np.ndarray, alive: np.ndarray, cells=None) -> None:
-        """With this chance (a number or (B,)) an agent goes on from another cell, which is no visit.
+    def jump(self, chance: np.ndarray, field: np.ndarray, alive: np.ndarray) -> None:
+        """With this chance (B,) an agent goes on from another free cell, if the goal can be reached from it.
 
-        The new cell is one of `cells` (B, K), or any free one; it is not the goal, which can be reached from it.
         field (., O, G*G): distances; alive (B,): each episode's row of it."""
         chosen = np.flatnonzero(self.rng.random(len(self)) < chance)
-        if cells is None:
-            cell = one_of(self.content[chosen] < 0, self.rng)
-        else:
-            cell = cells[chosen, self.rng.integers(cells.shape[1], size=len(chosen))]
-        goal = self.goal()[chosen]
-        reach = field[alive[chosen, None], goal[:, None], neighbour_table(self.world.size)[cell]].min(axis=1)
-        allowed = (self.content[chosen, cell] != goal) & (reach < FAR)
-        self.place(chosen[allowed], cell[allowed])
+        cell = one_of(self.content[chosen] < 0, self.rng)
+        reachable = field[alive[chosen], self.goal()[chosen], cell] < FAR
+        self.place(chosen[reachable], cell[reachable])
 
     def place(self, index: np.ndarray, cell: np.ndarray) -> None:
         """Put the agents of the episodes `index` on these cells."""

@@ -15,10 +15,10 @@ right when all visits before it were right. The product is the chance of a succe
     the base acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
     random *codes* steer the same base:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
 
-So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some. A code is a
-few numbers that make the base walk to one colour, whatever it visited before, so also from 0 to 1. Nobody tells the
-model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
-this file:
+So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
+code is eight numbers that make the base walk to one colour, whatever it visited before, so also from 0 to 1. A random
+code, too, leads to one colour, the same in nearly all layouts. Nobody tells the model which codes there are: it finds
+them in the trajectories of the experts. This takes three phases, in the order of this file:
 
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
@@ -26,11 +26,13 @@ this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, in a copy whose grid cells are renumbered at random. In the
-       copy a colour may seem to lie anywhere, except when the agent stands on it. So the encoder sees when each colour
-       is visited, but no directions: codes become goals, not paths. It proposes codes. A *gate* sees the residuals up
-       to now and the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t,
-       which acts between the blocks.
+       encoder sees the whole episode, its future included, and proposes codes. It reads a copy. An observation lists
+       the cells, 0 to 24, of the colours, of the wall and of the agent. In the copy these numbers are exchanged at
+       random, in the same way at all steps of an episode. If the agent stands on colour 2, both have the same number
+       in the copy, too. At other steps the numbers do not say where colour 2 lies. So the encoder sees when each
+       colour is visited, but no directions: codes become goals, not paths. A *gate* sees the residuals up to now and
+       the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t, which acts
+       between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
@@ -48,7 +50,7 @@ this file:
 A run writes its models to --out, with its measurements and a picture. Run it again to resume after an interruption.
 
 Glossary (B episodes, T steps, F numbers in an observation, D width of the residual stream, Z numbers in a code, H in a
-history or summary, R rank of a controller, M pairs of matrices that it is mixed from, K decisions of an episode)
+history or summary, R rank of a controller, M pairs of matrices that it is mixed from, K decisions of the RL policy)
 
     here              paper    shape        meaning                                                    where
     residual          e_t      (B, T, D)    what the base's blocks pass on, after `control_block`      Eq. 1
@@ -109,7 +111,8 @@ CHOICES = {"world": envs.WORLDS, "bool": ("true", "false")}
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. Comments: meaning (source); the defaults are the preset `classroom`. The paper's
-    values are those of its grid; where its ant has others, `PRESETS` has them."""
+    values are those of its grid; where its ant has others, `PRESETS` has them. A first reader may skip the list: each
+    word is explained where it is used."""
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
@@ -129,12 +132,12 @@ class Config:
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon, a faster optimiser, for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    jumps: Chance = 0.1  # departure: chance per step of a jump to another cell; many episodes start on a colour
+    jumps: Chance = 0.1  # departure: chance per step that the expert has to go on from another cell
     # phase 2, and the check of the base: can controllers steer it if they are told the true subgoals?
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: the base has no memory in this share of phase 2 (1: in phase 3, too)
+    blind: Chance = 0.65  # departure: until this share of phase 2 the base has no memory (1: in phase 3, too)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     temperature: Rate = 0.3  # departure: of the base's actions when it is steered, in phase 3, too (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
@@ -165,15 +168,15 @@ class Config:
 # In: the observations of an episode. Out: for each step, the expert's next action. The model is a causal transformer:
 # a step may look at itself and at the steps before it, never ahead. So it remembers its whole episode.
 #
-# Between the blocks, each step has a vector of D numbers: the residual stream. Every block adds something to it. The
-# lower blocks end, and the upper blocks begin, where a controller will later act on that vector.
+# Between the blocks, each step has a vector of D numbers: the residual stream. Every block adds something to it. A
+# controller will later act on that vector after block 1 of 3. Block 1 is the lower part, blocks 2 and 3 are the upper.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. Memory can also end at one step, or become weak
-# there. `faded` says where: it has one number for each step, and never rises. If it falls far between step s and a
-# later step t, then t does not see s: there is a *wall* between them. If it does not fall, t sees s as usual. In the
-# attention, the weight that t gives to s is multiplied by exp(faded_t - faded_s); then all weights are divided by
-# their sum. In a blind episode there is a wall at every step.
+# there. `faded` says where: it has one number for each step, and never rises. In the attention, the weight that step t
+# gives to an earlier step s is multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With
+# faded = 0, 0, -99, -99, step 4 sees step 3, but not steps 1 and 2: memory ends at step 3. In a blind episode it ends
+# at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -229,7 +232,7 @@ def each_alone(x):
 class MLP(nn.Module):
     """ReLU MLP as in the paper, or SwiGLU: a product of two layers, one of them through a SiLU.
 
-    A product helps, because the base must multiply "which goal" by "where it lies"."""
+    A product helps: the next move depends on which goal the expert has and on where it lies, on both together."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -361,16 +364,16 @@ class Metacontroller(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(Z, c.encoder_hidden // 2), nn.SiLU())
         self.controller = Controller(c, M=c.encoder_hidden // 2 + 1)
         nn.init.zeros_(self.switch[2].bias)
-        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: a sample must not drown its mean
+        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: little noise, so that the mean can be seen
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
         return F.rms_norm(residual, residual.shape[-1:])
 
     def encode(self, residual, last):
-        """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). The N steps are those where a
-        code is proposed, then the last observation. `propose` picks them: on the grid all T + 1, for the ant fewer. At
-        each, the encoder reads the residual, the history before it, and the episode's summary.
+        """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). On the grid N is T + 1: all
+        steps, then the last observation. For the ant `propose` picks fewer steps. At each, the encoder reads the
+        residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N. Padding follows it. For the summary a GRU reads
         backwards, from `last` to 0. All rows need N inputs, so 0 is repeated: for last = 2 and N = 5 it reads 2, 1, 0,
@@ -397,10 +400,12 @@ class Metacontroller(nn.Module):
             proposal     10    20    30    40    50    60
             gate          1     0     0     1    .5     0      1: adopt the proposal, 0: keep the code
             code         10    10    10    40    45    45
+            with .5      10    10    10    40    40    40      threshold .5: a gate of .5 is not above it
 
         In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. RL needs that, as a
-        policy must know when it decides; measurements use it, too. (`CodePilot` does the same, one step at a time.)
+        policy must know when it decides; measurements use it, too. After training this makes little difference: the
+        gate is then near 0 or near 1 at all steps. (`CodePilot` does the same, one step at a time.)
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
         history = shift_right(self.history(self.read(residual))[0])
@@ -437,16 +442,19 @@ def code_kl(mean, log_std):
 # trajectories (`envs.Episodes`) has observations `obs` (B, T + 1, F), the actions of the expert `target` (B, T, ...),
 # and a `mask` (B, T), which is False where a shorter one is padded.
 #
-# Each phase is a function of a `run` and of the models of earlier phases. A run (`Run`, near the end of the file)
-# holds `config`, `world` and `device`. `run.seeded(phase)` seeds all chance and returns numpy's generator, `run.log`
-# shows progress, `run.tensor` turns a numpy array into a tensor. A phase depends on config, seed and earlier phases.
-# `update` is one step of the optimisers, `rate` how the learning rate falls: a share of its peak. Both come later.
+# Each phase is a function of a `run` and of the models of earlier phases, of nothing else. Helpers that come later:
+#
+#     run.config, run.world, run.device      what the run was started with (`Run`, near the end of the file)
+#     run.seeded(phase)                      seeds all chance, returns numpy's generator
+#     run.tensor(array), run.log(...)        numpy array -> tensor; shows progress
+#     update(...), rate(...)                 one step of the optimisers; the learning rate now, as a share of its peak
+#
 # In phases 1 and 2 a loss is a sum over steps, divided by the mean length of the batch's episodes.
 #
-# Trajectories have *jumps*: now and then the agent is put on another cell, and the expert goes on from there. So the
-# model learns what to do on cells where no expert passes, to which a controller may lead it. And many episodes begin
-# on a colour; any other colour may be their first goal. Why? After a visit the agent stands on a colour. In phase 2 we
-# shall read the model blind; then this step looks like the first step of an episode, and every goal must be possible.
+# Trajectories have *jumps*: after one step in ten the agent is put on another free cell, and the expert goes on from
+# there. Why? An expert takes shortest paths. A base that has seen nothing else knows little of what to do beside them,
+# and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. (No
+# jump follows a visit, and none leads onto a colour. So no episode has a transition of the RL task.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -498,21 +506,21 @@ def pretrain(run: Run) -> BaseModel:
 # `kl_charge`.) So the encoder should tell only what the base cannot know. The base finds the way to a goal by itself.
 # What it cannot know is the goal, and to name it once, when it changes, is enough.
 #
-# Why does the gate open where the goal changes, and stay shut at other steps? To open is free. But as proposals cost
-# something, the encoder speaks rarely: at most steps it proposes pure noise, N(0, I), which is free. To adopt noise
-# would spoil the code in force, and the base would predict worse. So the gate learns to stay shut at these steps. It
-# opens where a proposal says something: when the agent has just arrived on a colour, which shows in the residual.
-# (This is the paper's reason. On the small grid there must be a second one, which we do not know: with `--kl_weight 0`
-# the gate opens at the same steps.)
+# Why does the gate open where the goal changes, and stay shut at other steps? To open the gate costs nothing. A
+# proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I), for
+# nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate learns to stay
+# shut at these steps. It opens where a proposal says something: when the agent has just arrived on a colour, as the
+# residual shows. (This is the paper's reason. On the small grid it cannot be the only one: with `--kl_weight 0` the
+# gate opens at the same steps. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
 #     phase 1             all steps so far
-#     phase 2, at first   each step alone        all steps so far   all steps, renumbered
-#     phase 2, at last    all steps so far       all steps so far   all steps, renumbered
+#     phase 2, begin      each step alone        all steps so far   all steps, renumbered
+#     phase 2, end        all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (This is the small grid. On the 7x7 grid, at last in phase 2 and in phase 3, the base sees the steps after the gate
-# opened. The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
+# (This is the small grid. On the 7x7 grid, from the end of phase 2 on, the base sees the steps after the gate opened.
+# The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
 # Gate, encoder and policy read residuals of the lower blocks. GRUs connect what they read, even if the base is blind.
 # The policy reads step 1 and the steps where the gate opens. Where the lower blocks remember, their residuals tell it
 # of earlier steps, too.
@@ -523,13 +531,13 @@ def pretrain(run: Run) -> BaseModel:
 #    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. Suppose that it remembered. It knows that experts go from 0 to 2 or 3, and from 3 to
 #    1 or 2. Then a code could mean "the lower of the two numbers": 2 after 0, but 1 after 3. No code would lead from 0
-#    to 1, and RL needs that. A blind base does not know what was visited. It sees that it stands on 0, but this looks
-#    like an episode that begins there, and any goal may follow. So a code must name the goal itself. "Go to 1" then
-#    works after any colour, also after 0.
+#    to 1, and RL needs that. A blind base does not know what was visited. It takes each step for the first step of an
+#    episode, where any goal may follow. So a code must name the goal itself: "go to 1". (No episode begins on a
+#    colour. So a blind base that stands on 0 has no habit, either.)
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
-#    controllers must learn to steer a base that remembers. But after a visit to 0 no expert goes to 1, so nothing
-#    trains this with memory. We measured that the codes work all the same: the chances of random codes at the top of
-#    this file are with memory.
+#    controllers must learn to steer a base that remembers. But after a visit to 0 no expert goes to 1. So no phase
+#    before RL trains this. We measured that the codes work all the same: the chances of random codes at the top of
+#    this file are those of a base with memory.
 #
 # On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
 # cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
@@ -546,14 +554,14 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 def kl_charge(c: Config, progress: float) -> float:
     """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `blind` .65 it is 0
-    until .325, then it rises, and is 1 from .65 on. At first nobody reads the code. If the encoder had to pay the full
-    price then, it would fall silent, and nobody would learn to read it."""
+    until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
+    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes."""
     return ramp(progress, c.blind / 2, c.blind)
 
 
 def draw_blind(run: Run, obs, progress: float):
-    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all are until
-    progress .65, then ever fewer, and none from 1.5 x .65 = .975 on. (A slower fall was worse.)"""
+    """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all episodes
+    are blind until progress .65, then ever fewer, and none from 1.5 x .65 = .975 on. (A slower fall was worse.)"""
     share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
     if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
@@ -562,13 +570,13 @@ def draw_blind(run: Run, obs, progress: float):
 
 
 def forget_at(gate):
-    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at step 5 alone:
+    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at steps 1 and 5:
 
-        step 5 sees 5               a wall before it: no step before 5 is seen again
-        step 6 sees 6               a wall before it, too: step 5 is not seen again
+        step 5 sees 5               memory ends before it: no step before 5 is seen again
+        step 6 sees 6               memory ends before it, too: step 5 is not seen again
         step 7 sees 6 and 7
 
-    Why the second wall? At step 5 the agent stands on the colour that it came for. A base that remembers this colour
+    Why also before step 6? At step 5 the agent stands on the colour it came for. A base that remembers this colour
     knows what experts do next. A soft gate forgets softly: `kept` is the share of memory that passes from the step
     before to this one. 1e-4 keeps the logarithm finite."""
     kept = (1 - gate) * (1 - shift_right(gate))  # (1 - beta_t) (1 - beta_t-1)
@@ -585,7 +593,7 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
     (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
     is noise, N(0, I), and free. Why? All steps on the cell of a colour look alike, so the gate may open at each. In
-    training, which has long strides, the ant leaves the cell after 1.6 steps, and this does little harm. When it is
+    training one step is a long stride. The ant leaves the cell after 1.6 steps, and this does little harm. When it is
     simulated, it stays for more than ten steps, and the policy would have to choose a code at each. So training must
     punish this. If the proposals after the entry are noise, to adopt them spoils the code, and the gate opens once."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
@@ -610,8 +618,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    progress (0 to 1): the share of phase 2 that is done. The base is frozen (without `cotrain`), but gradients flow
-    through its upper blocks to the controller, the gate and the encoder."""
+    progress (0 to 1): the share of phase 2 that is done. (A blind base has o_t and z_t alone.) The base is frozen
+    (without `cotrain`), but gradients flow through its upper blocks to the controller, the gate and the encoder."""
     obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
     faded = draw_blind(run, obs, progress)
     residual, _ = base.lower(obs, faded)
@@ -664,8 +672,8 @@ class Pilot:
         self.forget = forget and not blind  # upper blocks forget where `opened`
 
     def steer(self, residual, batch, rows):
-        """residual (B, D) of the episodes that have not ended -> controlled residual (B, D). rows (B,): their numbers
-        in the whole batch. batch: the episodes; only the pilot of the check, `LabelPilot`, may look into them."""
+        """residual (B, D) of the episodes that have not ended -> controlled residual (B, D). rows (B,): their indices
+        in the batch as it began. batch: the episodes; only the check's pilot, `LabelPilot`, may look into them."""
         return residual
 
 
@@ -695,7 +703,7 @@ class CodePilot(Pilot):
 
 
 class Decisions(NamedTuple):
-    """B finished episodes of up to K decisions: actions, one a step | codes, one for each opening of the gate."""
+    """B finished episodes of up to K decisions: actions, one a step, or (|) codes, one for each open gate."""
 
     inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
     chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
@@ -705,8 +713,9 @@ class Decisions(NamedTuple):
 
 
 def by_episode(steps: list[tuple]) -> list:
-    """Sorts by episode what was collected step by step. steps: for each step a tuple, of the indices (N,) of some
-    episodes and of what each gave (N, ...). -> each part as (B, T, ...), 0 in the padding; last the mask (B, T)."""
+    """Sorts by episode what was collected step by step. steps: for each step a tuple (indices of some episodes (B',),
+    data of these episodes (B', ...), more data, ...). -> each kind of data as (B, T, ...), 0 in the padding; last the
+    mask (B, T)."""
     rows, *parts = (torch.cat(column) for column in zip(*steps))  # all steps behind each other
     parts.append(torch.ones(len(rows), device=rows.device))
     order = rows.argsort(stable=True)  # by episode, and by time within an episode
@@ -759,8 +768,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #     code      aaaabbbbbbcccdddddaaaabbbbbb      28 steps, 6 decisions
 #     reward                               1      one, at the very end
 #
-# Nobody tells the policy its task. Random codes already walk to colours, so some episodes succeed by chance, and RL
-# can begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage.
+# Nobody tells the policy its task. Under random codes the base walks to random colours, so some episodes succeed by
+# chance, and RL can begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -831,7 +840,7 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
-    rate. RL ends early when the success of a batch is `enough`: so we can look at the policy halfway.
+    rate. RL ends early when the success of a batch is `enough` (one of the paper's claims needs a policy halfway).
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
