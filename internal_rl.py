@@ -538,12 +538,6 @@ def pretrain(run: Run) -> BaseModel:
 #    controllers must learn to steer a base that remembers. But after a visit to 0 no expert goes to 1. So no phase
 #    before RL trains this. We measured that the codes work all the same: the chances of random codes at the top of
 #    this file are those of a base with memory.
-#
-# On the paper's 7x7 grid this is not enough. There a subgoal is a pair of colours: first 0, then 1. A blind base
-# cannot know whether 0 was visited. A base that remembers everything overrules the code: after 0-1 it goes on as
-# experts do. (On the small grid it does so seldom. We do not know why.) So the preset `laptop` begins blind, too
-# (`blind` .36), but then the base remembers only the steps after the gate opened. For this, the block below the
-# controller is always blind (`blind_blocks`), and the blocks above it forget when the gate opens (`forget`).
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -569,49 +563,20 @@ def draw_blind(run: Run, obs, progress: float):
     return torch.where(blind[:, None], each_alone(obs), 0.0)
 
 
-def forget_at(gate):
-    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at steps 1 and 5:
-
-        step 5 sees 5               memory ends before it: no step before 5 is seen again
-        step 6 sees 6               memory ends before it, too: step 5 is not seen again
-        step 7 sees 6 and 7
-
-    Why also before step 6? At step 5 the agent stands on the colour it came for. A base that remembers this colour
-    knows what experts do next. A soft gate forgets softly: `kept` is the share of memory that passes from the step
-    before to this one. 1e-4 keeps the logarithm finite."""
-    kept = (1 - gate) * (1 - shift_right(gate))  # (1 - beta_t) (1 - beta_t-1)
-    return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
-
-
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder reads the steps where it proposes, and then the last observation. There it proposes nothing, but the
-    summary needs it: it shows the last visit. The lower blocks read the copy blind (unless `blind` is 0). In the copy
-    the agent seems to jump from cell to cell, so memory would see moves that no expert makes.
-
-    On the grid the encoder proposes at every step. For the ant it does so until half of the KL is charged
-    (`kl_charge`), then at *entries* alone, the steps into another cell of its floor. At all other steps the proposal
-    is noise, N(0, I), and free. Why? All steps on the cell of a colour look alike, so the gate may open at each. In
-    training one step is a long stride. The ant leaves the cell after 1.6 steps, and this does little harm. When it is
-    simulated, it stays for more than ten steps, and the policy would have to choose a code at each. So training must
-    punish this. If the proposals after the entry are noise, to adopt them spoils the code, and the gate opens once."""
+    The encoder reads a copy of the episode: all steps where it proposes, then the last observation. There it proposes
+    nothing, but the summary needs it: it shows the last visit. On the grid it proposes at every step, for the ant at
+    fewer (`proposing_steps`); elsewhere the proposal is noise, N(0, I), and free. The lower blocks read the copy blind
+    (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. Memory would see moves that no expert
+    makes."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
-    proposes = episodes.mask  # (B, T), of the T + 1 observations
-    if kl_charge(run.config, progress) >= 0.5:
-        proposes = proposes & run.world.is_entry(episodes.obs)[:, :-1]  # on the grid every step is an entry
-    count = proposes.sum(axis=1)  # also the place of the last observation, behind them
-    # read: for each episode its proposing steps, then its last observation; shorter ones are padded
-    is_read = np.pad(proposes, ((0, 0), (0, 1)))
-    is_read[np.arange(len(view)), episodes.lengths] = True
-    read = run.tensor(view[is_read]).split((count + 1).tolist())
-    read = pad_sequence(read, batch_first=True)  # (B, N, F)
+    proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
+    read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid all of the copy, (B, T + 1, F)
     residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # at progress 0 all episodes are blind
-    said = torch.cat(meta.encode(residual, last=run.tensor(count)), dim=-1)  # (B, N, 2 Z)
-    # and back to the steps where they belong; at the others mean and log_std stay 0, which is N(0, I)
-    gaussian = said.new_zeros(*proposes.shape, said.shape[-1])
-    gaussian[run.tensor(proposes)] = torch.cat([row[:n] for row, n in zip(said, count)])
-    mean, log_std = gaussian.chunk(2, dim=-1)
+    said = torch.cat(meta.encode(residual, last), dim=-1)
+    mean, log_std = put_back(run, said, proposes).chunk(2, dim=-1)
     return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
 
 
@@ -625,7 +590,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     residual, _ = base.lower(obs, faded)
     proposal, kl = propose(run, base, meta, episodes, rng, progress)
     code, gate = meta.integrate(residual, proposal)
-    if run.config.forget:
+    if run.config.forget:  # on the 7x7 grid
         faded = faded + forget_at(gate)
     features, _ = base.upper(meta.control(residual, code), faded)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
@@ -883,9 +848,65 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the method rests on: presets, embeddings and heads of the worlds, optimisers and rates
+# What the 7x7 grid and the ant need besides
 #
 # With phase 3 the method is complete. A first reader may stop here.
+#
+# *The 7x7 grid*. There a subgoal is a pair of colours: first 0, then 1. A blind base cannot know if 0 was visited. A
+# base that remembers everything overrules the code: after 0-1 it acts as experts do. (On the small grid it seldom
+# does. We do not know why.) So the preset `laptop` begins blind, too (`blind` .36), but then the base remembers only
+# the steps after the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the
+# blocks above it forget when the gate opens (`forget`).
+#
+# *The ant*. All steps on the cell of a colour look alike, so the gate may open at each of them. In training, one step
+# is a long stride. The ant leaves the cell after 1.6 steps, and this does little harm. When it is simulated, it stays
+# for more than ten steps, and the policy would have to choose a code at each. So training must punish this: late in
+# phase 2 the encoder proposes only where the ant enters another cell of its floor (an *entry*). After that the
+# proposals are noise. To adopt them spoils the code, so the gate opens once.
+# ----------------------------------------------------------------------------------------------------
+
+
+def forget_at(gate):
+    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at steps 1 and 5:
+
+        step 5 sees 5               memory ends before it: no step before 5 is seen again
+        step 6 sees 6               memory ends before it, too: step 5 is not seen again
+        step 7 sees 6 and 7
+
+    Why also before step 6? At step 5 the agent stands on the colour it came for. A base that remembers this colour
+    knows what experts do next. A soft gate forgets softly: `kept` is the share of memory that passes from the step
+    before to this one. 1e-4 keeps the logarithm finite."""
+    kept = (1 - gate) * (1 - shift_right(gate))  # (1 - beta_t) (1 - beta_t-1)
+    return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
+
+
+def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
+    """Where the encoder proposes, (B, T): at every step until half of the KL is charged, then at entries. On the grid
+    every step is an entry."""
+    if kl_charge(run.config, progress) < 0.5:
+        return episodes.mask
+    return episodes.mask & run.world.is_entry(episodes.obs)[:, :-1]
+
+
+def take_steps(run: Run, view, proposes, lengths):
+    """Of each episode the observations where it `proposes` (B, T), then the last: view (B, T + 1, F) -> (B, N, F),
+    shorter ones padded, and the place of the last among the N, (B,)."""
+    is_read = np.pad(proposes, ((0, 0), (0, 1)))
+    is_read[np.arange(len(view)), lengths] = True
+    count = is_read.sum(axis=1)
+    read = run.tensor(view[is_read]).split(count.tolist())
+    return pad_sequence(read, batch_first=True), run.tensor(count - 1)
+
+
+def put_back(run: Run, said, proposes):
+    """What was said at the taken steps (B, N, 2 Z) -> at the steps of the episode (B, T, 2 Z), 0 at all others."""
+    result = said.new_zeros(*proposes.shape, said.shape[-1])
+    result[run.tensor(proposes)] = torch.cat([row[:n] for row, n in zip(said, proposes.sum(axis=1))])
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------
+# What the method rests on: presets, embeddings and heads of the worlds, optimisers and rates
 # ----------------------------------------------------------------------------------------------------
 
 
