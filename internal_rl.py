@@ -139,7 +139,7 @@ class Config:
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
     blind: Chance = 0.65  # departure: until this share of phase 2 the base has no memory (1: in phase 3, too)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
-    temperature: Rate = 0.3  # departure: of the base's actions when it is steered, in phase 3, too (paper: 1)
+    temperature: Rate = 0.3  # departure: of the base's actions while codes steer it; no loss uses it (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -152,7 +152,7 @@ class Config:
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
-    least_std: Weight = 0.1  # departure: floor of the policy's deviations
+    least_std: Weight = 0.1  # departure: the policy's standard deviations are at least this
     rl_episodes: Natural = 150_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
@@ -172,11 +172,11 @@ class Config:
 # controller will later act on that vector after block 1 of 3. Block 1 is the lower part, blocks 2 and 3 are the upper.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for. Memory can also end at one step, or become weak
-# there. `faded` says where: it has one number for each step, and never rises. In the attention, the weight that step t
-# gives to an earlier step s is multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With
-# faded = 0, 0, -99, -99, step 4 sees step 3, but not steps 1 and 2: memory ends at step 3. In a blind episode it ends
-# at every step.
+# episode began at this step. Phase 2 says what this is good for. The small grid needs these two cases, full memory and
+# blind. On the 7x7 grid memory can also end at one step, or become weak there. `faded` says where: it has one number
+# for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is multiplied by
+# exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4 sees step 3,
+# but not steps 1 and 2: memory ends at step 3. In a blind episode it ends at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -317,7 +317,8 @@ class BaseModel(nn.Module):
 class Controller(nn.Module):
     """Linear control of the residual stream, Eq. 1: e + U e, where U (D, D) has at most rank R.
 
-    U is mixed from M learned pairs of matrices, inn_m and out_m, each (R, D), with M weights w:
+    U is mixed from M learned pairs of matrices, inn_m and out_m, each (R, D). Their M weights w come from the code
+    (`Metacontroller.control`):
 
         inn(w) = sum_m w_m inn_m        what U reads from the residual
         out(w) = sum_m w_m out_m        what U writes into it
@@ -364,7 +365,7 @@ class Metacontroller(nn.Module):
         self.decoder = nn.Sequential(nn.Linear(Z, c.encoder_hidden // 2), nn.SiLU())
         self.controller = Controller(c, M=c.encoder_hidden // 2 + 1)
         nn.init.zeros_(self.switch[2].bias)
-        self.encoder[2].bias.data[Z:] -= 2  # first deviation e^-2: little noise, so that the mean can be seen
+        self.encoder[2].bias.data[Z:] -= 2  # first standard deviation e^-2: little noise, so that the mean can be seen
 
     def read(self, residual):
         """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
@@ -376,8 +377,8 @@ class Metacontroller(nn.Module):
         residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N. Padding follows it. For the summary a GRU reads
-        backwards, from `last` to 0. All rows need N inputs, so 0 is repeated: for last = 2 and N = 5 it reads 2, 1, 0,
-        0, 0. We take its state after the first 0."""
+        backwards, from step `last` to step 0. In a short episode it reads step 0 again and again, to fill the tensor:
+        for last = 2 and N = 5 steps 2, 1, 0, 0, 0. We take its state when it has read step 0 once."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -399,8 +400,8 @@ class Metacontroller(nn.Module):
             step          1     2     3     4     5     6
             proposal     10    20    30    40    50    60
             gate          1     0     0     1    .5     0      1: adopt the proposal, 0: keep the code
-            code         10    10    10    40    45    45
-            with .5      10    10    10    40    40    40      threshold .5: a gate of .5 is not above it
+            code, soft   10    10    10    40    45    45
+            code, hard   10    10    10    40    40    40      threshold .5: a gate of .5 is not above it
 
         In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. RL needs that, as a
@@ -449,12 +450,14 @@ def code_kl(mean, log_std):
 #     run.tensor(array), run.log(...)        numpy array -> tensor; shows progress
 #     update(...), rate(...)                 one step of the optimisers; the learning rate now, as a share of its peak
 #
-# In phases 1 and 2 a loss is a sum over steps, divided by the mean length of the batch's episodes.
+# In phases 1 and 2 a loss function returns a sum over steps, averaged over episodes. Before an update it is divided by
+# the mean length of the batch's episodes.
 #
 # Trajectories have *jumps*: after one step in ten the agent is put on another free cell, and the expert goes on from
 # there. Why? An expert takes shortest paths. A base that has seen nothing else knows little of what to do beside them,
-# and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. (No
-# jump follows a visit, and none leads onto a colour. So no episode has a transition of the RL task.)
+# and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. A jump
+# never leads onto a colour, so it is no visit, and the visits of an episode stay those of its task. (No jump follows a
+# visit, as the base should see how experts leave a colour. Phase 2 has the same trajectories, RL has no jumps.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -507,11 +510,11 @@ def pretrain(run: Run) -> BaseModel:
 # What it cannot know is the goal, and to name it once, when it changes, is enough.
 #
 # Why does the gate open where the goal changes, and stay shut at other steps? To open the gate costs nothing. A
-# proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I), for
-# nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate learns to stay
-# shut at these steps. It opens where a proposal says something: when the agent has just arrived on a colour, as the
-# residual shows. (This is the paper's reason. On the small grid it cannot be the only one: with `--kl_weight 0` the
-# gate opens at the same steps. We do not know why.)
+# proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I).
+# Noise costs nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate
+# learns to stay shut at these steps. It opens where a proposal says something: just after the agent arrived on a
+# colour. The gate sees this in the residual. (This is the paper's reason. On the small grid it cannot be the only one:
+# with `--kl_weight 0` the gate opens at the same steps. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -521,7 +524,8 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. On the 7x7 grid, from the end of phase 2 on, the base sees the steps after the gate opened.
 # The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
-# Gate, encoder and policy read residuals of the lower blocks. GRUs connect what they read, even if the base is blind.
+# Gate, encoder and policy read residuals of the lower blocks, with GRUs of their own. So they remember earlier steps
+# even when the base is blind.
 # The policy reads step 1 and the steps where the gate opens. Where the lower blocks remember, their residuals tell it
 # of earlier steps, too.
 #
@@ -532,12 +536,13 @@ def pretrain(run: Run) -> BaseModel:
 # 2. At first the base is blind. Suppose that it remembered. It knows that experts go from 0 to 2 or 3, and from 3 to
 #    1 or 2. Then a code could mean "the lower of the two numbers": 2 after 0, but 1 after 3. No code would lead from 0
 #    to 1, and RL needs that. A blind base does not know what was visited. It takes each step for the first step of an
-#    episode, where any goal may follow. So a code must name the goal itself: "go to 1". (No episode begins on a
-#    colour. So a blind base that stands on 0 has no habit, either.)
+#    episode, where any goal may follow. So a code must name the goal itself: "go to 1". (When the agent stands on 0, a
+#    blind base does not know this step: no episode begins on a colour. So it has not learned to avoid 1 there.)
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
-#    controllers must learn to steer a base that remembers. But after a visit to 0 no expert goes to 1. So no phase
-#    before RL trains this. We measured that the codes work all the same: the chances of random codes at the top of
-#    this file are those of a base with memory.
+#    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
+#    never trains the code for 1 right after a visit to 0, when the base's memory speaks against 1. The code works
+#    there all the same, in most episodes: the chances at the top of this file are those of a base with memory. We do
+#    not know why memory does not win.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -566,11 +571,11 @@ def draw_blind(run: Run, obs, progress: float):
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder reads a copy of the episode: all steps where it proposes, then the last observation. There it proposes
-    nothing, but the summary needs it: it shows the last visit. On the grid it proposes at every step, for the ant at
-    fewer (`proposing_steps`); elsewhere the proposal is noise, N(0, I), and free. The lower blocks read the copy blind
-    (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. Memory would see moves that no expert
-    makes."""
+    The encoder reads a copy of the episode: all steps where it proposes, then the last observation. At the last one it
+    proposes nothing, but only this observation shows the last visit. On the grid it proposes at every step, for the
+    ant at fewer (`proposing_steps`); elsewhere the proposal is noise, N(0, I), and free. The lower blocks read the
+    copy blind (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. Memory would see moves
+    that no expert makes."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid all of the copy, (B, T + 1, F)
@@ -632,7 +637,7 @@ class Pilot:
     """Steers the base while it acts. This one leaves it alone."""
 
     def __init__(self, temperature: float = 1.0, blind=False, forget=False):
-        self.temperature = temperature  # of the base's actions
+        self.temperature = temperature  # of the actions (.3 under codes: the base is small and not sure enough)
         self.blind = blind  # the base is read blind
         self.forget = forget and not blind  # upper blocks forget where `opened`
 
@@ -741,8 +746,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
 
-    At first it is the codes' prior, N(0, I). Its deviations stay above `least_std`. Without that bound, the first few
-    successes make them small before the means are right, and such a policy tries no other codes."""
+    At first it is the codes' prior, N(0, I). Its standard deviations stay above `least_std`. Without that bound, the
+    first few successes make them small before the means are right, and such a policy tries no other codes."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -805,7 +810,7 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
-    rate. RL ends early when the success of a batch is `enough` (one of the paper's claims needs a policy halfway).
+    rate. RL ends early when the success of a batch is `enough` (`claim_credit` needs a policy that is half trained).
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
