@@ -153,7 +153,7 @@ class Config:
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
     least_std: Weight = 0.1  # departure: the policy's standard deviations are at least this
-    rl_episodes: Natural = 150_000  # (paper: up to 100,000 x 1024)
+    rl_episodes: Natural = 200_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch (paper: 1)
@@ -929,7 +929,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1, rl_episodes=200_000,
+            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
         ),
         "paper": PAPER,
     },
