@@ -522,8 +522,7 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, begin      each step alone        all steps so far   all steps, renumbered
 #     phase 2, end        all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
-# (This is the small grid. On the 7x7 grid, from the end of phase 2 on, the base sees the steps after the gate opened.
-# The base of the ant, a simulated body on a floor of 4x4 cells, sees each step alone in phases 2 and 3.)
+# (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
 # Gate, encoder and policy read residuals of the lower blocks, with GRUs of their own. So they remember earlier steps
 # even when the base is blind.
 # The policy reads step 1 and the steps where the gate opens. Where the lower blocks remember, their residuals tell it
@@ -863,11 +862,12 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # the steps after the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the
 # blocks above it forget when the gate opens (`forget`).
 #
-# *The ant*. All steps on the cell of a colour look alike, so the gate may open at each of them. In training, one step
-# is a long stride. The ant leaves the cell after 1.6 steps, and this does little harm. When it is simulated, it stays
-# for more than ten steps, and the policy would have to choose a code at each. So training must punish this: late in
-# phase 2 the encoder proposes only where the ant enters another cell of its floor (an *entry*). After that the
-# proposals are noise. To adopt them spoils the code, so the gate opens once.
+# *The ant*, a simulated body on a floor of 4x4 cells. Its base is blind in phases 2 and 3. All steps on the cell of a
+# colour look alike, so the gate may open at each of them. In training, one step is a long stride. The ant leaves the
+# cell after 1.6 steps, and this does little harm. When it is simulated, it stays for more than ten steps, and the
+# policy would have to choose a code at each. So training must punish this: late in phase 2 the encoder proposes only
+# where the ant enters another cell of its floor (an *entry*). After that the proposals are noise. To adopt them spoils
+# the code, so the gate opens once.
 # ----------------------------------------------------------------------------------------------------
 
 
