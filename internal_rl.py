@@ -12,8 +12,8 @@ Each expert's episode has three visits, in one of 16 orders. After a visit to 0 
 from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the six visits is
 right when all visits before it were right. The product is the chance of a success:
 
-    the base acts alone:                  .252 x .0017 x .0031 x .051 x .0088 x .059 = 1 in 28,000,000,000 episodes
-    random *codes* steer the same base:   .248 x .208 x .174 x .234 x .163 x .200    = 1 in 14,600 episodes
+    the base acts alone:                  .255 x .0017 x .0113 x .066 x .0111 x .044 = 1 in 6,700,000,000 episodes
+    random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = 1 in 10,200 episodes
 
 So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
 code is eight numbers that make the base walk to one colour, whatever it visited before, so also from 0 to 1. A random
