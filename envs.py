@@ -139,8 +139,8 @@ class World:
     def episodes(self, count: int, rng: np.random.Generator) -> Episodes:
         """`count` trajectories of the expert to learn from.
 
-        With chance `jumps` a step is followed by a jump to a random free cell, if there is a way from it to the goal.
-        Targets are the expert's actions everywhere.
+        With chance `jumps` a step that is no visit is followed by a jump to a random free cell, if there is a way from
+        it to the goal. Targets are the expert's actions everywhere.
         """
         return self.simulate(self.pretrain_tasks, count, rng, self.jumps)[0]
 
@@ -272,7 +272,7 @@ class Batch:
         return visited, solved.astype(np.float32), solved | over | ((visited >= 0) & ~correct)
 
     def jump(self, chance: np.ndarray, field: np.ndarray, alive: np.ndarray) -> None:
-        """With this chance (B,) an agent goes on from another free cell, if the goal can be reached from it.
+        """With this chance (B,) an agent goes on from a random free cell, if the goal can be reached from it.
 
         field (., O, G*G): distances; alive (B,): each episode's row of it."""
         chosen = np.flatnonzero(self.rng.random(len(self)) < chance)

@@ -646,7 +646,7 @@ def padded_episodes(name):
     """12 short expert episodes, with the padding of a longer one. What stands in it must change no loss."""
     episodes = expert(40, envs.WORLDS[name])
     short = envs.Episodes(*(column[np.argsort(episodes.lengths, kind="stable")[:12]] for column in episodes))
-    assert not short.mask[:, -2:].any()
+    assert short.take(slice(None)).mask.shape[1] == short.lengths.max() < short.mask.shape[1] - 1
     short.target[~short.mask] = 1
     short.obs[:, 1:][~short.mask] = short.obs[0, 0]
     return short
@@ -824,7 +824,9 @@ def test_code_kl_is_that_of_gaussians():
 
 
 @BOTH
-@pytest.mark.parametrize("progress, forget", [(0.23, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True)])
+@pytest.mark.parametrize("progress, forget", [
+    (0.29, False), (0.31, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True),
+])  # fmt: skip
 def test_discovery_loss_by_hand(name, progress, forget):
     """The loss is the action loss of the steered base plus a share of kl_weight times the KL to N(0, I) of the
     proposals, read off a shuffled view, whatever stands in the padding. The encoder reads the entries and the last
@@ -842,7 +844,7 @@ def test_discovery_loss_by_hand(name, progress, forget):
     loss, stats = built(result, "the loss, and a dictionary of nll, kl and gates, all means over episodes")
     (code, gate), mask, (faded, _, above) = found[0], torch.from_numpy(episodes.mask), read
     blind = int((faded[:, 1] < 0).sum())
-    assert blind in {0.23: [12], 0.5: range(1, 12), 1.0: [0]}[progress]
+    assert blind in {0.29: [12], 0.31: [12], 0.5: range(1, 12), 1.0: [0]}[progress]
     assert 0.01 < gate[:, 1:].mean() < 0.99
     residual, proposal = given[0]
     assert torch.equal(residual, base.lower(torch.from_numpy(episodes.obs[:, :-1]), faded)[0])
