@@ -869,18 +869,19 @@ def test_discovery_loss_by_hand(name, progress, forget):
 
 def test_switches_of_the_control_experiments():
     """With `force_open` the gate is 1 at every step, soft or hard, and in a rollout every step is a decision. With
-    `cotrain` the base that is given begins anew and learns in phase 2, and is frozen afterwards."""
+    `cotrain` the base that is given begins anew and learns in phase 2, and is frozen afterwards; else it stays."""
     run, base, _, policy = make_players("small", force_open=True)
     meta, codes, batch = make_meta(run), ir.PolicyCodes(run, 20, policy), run.world.batch(20, np.random.default_rng(0))
     code, gate = meta.integrate(torch.randn(3, 7, 16), proposal := torch.randn(3, 7, 4), 0.5)
     assert torch.equal(code, proposal) and (gate == 1).all()
     played, _ = ir.rollout(run, base, ir.CodePilot(run, 20, meta, codes), batch)
     assert sum(len(rows) for rows, *_ in codes.made) == played.mask.sum()
-    run = make_run(**SHORT, cotrain=True)
-    base = wake(ir.BaseModel(run.config)).requires_grad_(False)
-    before, meta = copy_of(base), ir.discover(run, base)
-    assert changed(base, before) == {*before}
-    assert not any(p.requires_grad for model in (base, meta) for p in model.parameters())
+    for cotrain in (False, True):
+        run = make_run(**SHORT, cotrain=cotrain)
+        base = wake(ir.BaseModel(run.config)).requires_grad_(False)
+        before, meta = copy_of(base), ir.discover(run, base)
+        assert changed(base, before) == ({*before} if cotrain else set())
+        assert not any(p.requires_grad for model in (base, meta) for p in model.parameters())
     run.seeded("discover"), ir.Metacontroller(run.config)
     fresh = copy_of(ir.BaseModel(run.config))
     assert all((base.state_dict()[name] - fresh[name]).abs().max() < 0.2 for name in fresh)
@@ -1260,6 +1261,8 @@ def test_runs_leave_what_they_promise(finished, monkeypatch):
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
         assert all(entry[key] == value for key, value in metrics.items() if not isinstance(value, list))
     assert results(first)["base_excess_nats"] != results(second)["base_excess_nats"]
+    found = results(first)
+    assert all(found[f"{key}_normalised"] == found[key] / found["expert_success"] for key in ir.NORMALISED)
     drawn = []
     monkeypatch.setattr(ir, "draw_curves", lambda axis, seeds: drawn.extend(metrics["seed"] for metrics in seeds))
     assert run_main(finished, "--seed", "0,1") == 0 and drawn == [0, 1] and (finished / "picture.png").exists()
@@ -1305,9 +1308,10 @@ def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
 
 
 def test_ant_runs(tmp_path):
-    """With --env ant all phases run, with finite metrics (others would be status 1), and the picture is drawn."""
+    """With --env ant all phases run, with finite metrics, and the picture is drawn."""
     few = "--env ant --rl_batch 8 --rl_episodes 8 --threads 1 --pretrain_steps 2 --steer_steps 2 --discover_steps 2"
     assert run_main(tmp_path, *few.split()) == 0 and (tmp_path / "picture.png").exists()
+    assert all(isinstance(x, list) or math.isfinite(x) for x in results(tmp_path).values())
 
 
 def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
