@@ -6,7 +6,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
 
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
-    world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (here: if obs is cells)
+    world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (`World`'s needs cells)
     world.is_entry(obs)             * at which steps the encoder may propose, late in phase 2
     world.expert_success(count)     in the RL task
     world.batch(count, rng)         episodes of the RL task, to act in: * observe, * step, subgoal, select
@@ -14,8 +14,9 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.floor(episodes)           loss of the best possible predictor of the expert, where it is known
     world.places(obs)               * where everything is, to draw it
 
-A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`. Everything is written
-once, for a batch of episodes, in numpy. The Gymnasium environments are views of a batch of one:
+A world of another kind brings those with a star, and `kind`, `start` (its batch) and `expert`. (For Gymnasium it also
+needs `fps`, `spaces` and `paper_observation`.) Everything is written once, for a batch of episodes, in numpy. The
+Gymnasium environments are views of a batch of one:
 
     import gymnasium, envs
     env = gymnasium.make("InternalRL/GridPinpad-v0")           # the paper's 7x7 grid and RL task
@@ -64,7 +65,7 @@ class Episodes(NamedTuple):
         return Episodes(*(part[index, : T + (name == "obs")] for name, part in self._asdict().items()))
 
     def chunks(self, size: int = 64):
-        """`size` episodes after the other: what fits the memory."""
+        """The episodes in groups of `size`, so that they fit the memory."""
         return (Episodes(*(part[i : i + size] for part in self)) for i in range(0, len(self.mask), size))
 
 
@@ -79,8 +80,8 @@ class World:
     subgoals: tuple[tuple[int, ...], ...]  # the colours of each subgoal ("abstract action")
     pretrain_tasks: tuple[tuple[int, ...], ...]  # tasks of the unlabelled expert trajectories
     rl_task: tuple[int, ...]  # the task of reinforcement learning
-    jumps: float = 0.0  # chance per step that a training episode goes on from another cell (departure)
-    threads: int = 1  # of the simulation; no result depends on it
+    jumps: float = 0.0  # chance per step that a training episode goes on from another cell (the paper has none)
+    threads: int = 1  # of MuJoCo; no result depends on their number
 
     kind = ""  # which embedding and action head the model takes
     tolerance = 1  # a switch this many steps from a true change of subgoal is a hit
@@ -175,7 +176,7 @@ class World:
         return Episodes(*(np.concatenate(column) for column in zip(*parts))).take(slice(None)), solved / tried
 
     def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, int]:
-        """What comes after the last visit is cut off: nobody can tell where an expert goes before it arrives."""
+        """As `simulate`. Each is cut after its last visit: where an expert then goes, no later visit shows."""
         layout, tasks, field = solvable_layouts(self, tasks, count, rng)
         batch, alive = self.start(layout, tasks, rng), np.arange(count)
         seen, target, successes = batch.observe(), None, 0
@@ -219,9 +220,9 @@ def pad_tasks(tasks) -> np.ndarray:
 class Batch:
     """B episodes that step together, by the rules of pinpad. Finished ones are dropped with `select`.
 
-    layout: what `sample_layouts` draws. tasks: what `pad_tasks` makes of B tasks. rng: all chance there is. roam:
-    visits neither count nor end anything (to see where a policy goes). Subclasses move the agent, in `step`, and show
-    it, in `observe`."""
+    layout: what `sample_layouts` draws. tasks: what `pad_tasks` makes of B tasks. rng: where randomness comes from.
+    roam: visits neither count nor end anything (to see where a policy goes). Subclasses move the agent, in `step`, and
+    show it, in `observe`."""
 
     def __init__(self, world: World, layout: np.ndarray, tasks: np.ndarray, rng: np.random.Generator, roam=False):
         self.world, self.tasks, self.rng, self.roam = world, tasks, rng, roam
@@ -363,7 +364,7 @@ def solvable_layouts(world: World, tasks, count: int, rng: np.random.Generator):
     """`count` random solvable (layout, task) pairs, by rejection.
 
     Returns layout, tasks as of `pad_tasks`, distance fields. Given the layout, the task is then uniform over the tasks
-    that can be solved on it, which is the prior of `bayes_predictor`."""
+    that can be solved on it, as `bayes_predictor` (the grid's best predictor) assumes."""
     padded = pad_tasks(tasks)
     parts, drawn, kept = [], 0, 0
     while kept < count:
@@ -399,11 +400,11 @@ class GridBatch(Batch):
         return self.arrive(np.where(wall, self.cell, target))
 
     def observe(self) -> np.ndarray:
-        """Cell of every colour, every wall and the agent, (B, O + W + 1): where the paper's one-hots are 1."""
+        """Cell of every colour, every wall and the agent, (B, O + W + 1)."""
         return np.concatenate([self.things, self.cell[:, None]], axis=1)
 
     def paper_observation(self) -> np.ndarray:
-        """Per cell a one-hot (O colours, W walls, agent), (B, G*G*(O+W+1)) float32."""
+        """For each cell what is there: O colours, W walls, agent; 0 or 1, (B, G*G*(O+W+1)) float32."""
         ones = self.observe()[:, None] == np.arange(self.world.size**2)[:, None]  # (B, G*G, O+W+1)
         return ones.reshape(len(self), -1).astype(np.float32)
 
@@ -421,7 +422,7 @@ class GridWorld(World):
         return GridBatch(self, layout, tasks, rng, roam)
 
     def expert(self, batch: GridBatch, field, alive, rng):
-        """Takes a shortest path, uniformly over all of them -> its moves (B,), to learn and to do."""
+        """Takes a shortest path; of several good moves each is equally likely -> moves (B,), to learn and to do."""
         action = one_of(shortest_actions(field, alive, batch.goal(), batch.cell), rng)
         return action, action
 
@@ -432,7 +433,7 @@ class GridWorld(World):
         return float(-(np.log(p) * episodes.mask).sum() / len(episodes.mask))
 
     def is_entry(self, obs: np.ndarray) -> np.ndarray:
-        """All steps, also those that bump into something, (N, T)."""
+        """On the grid all steps, (N, T)."""
         return np.ones(obs.shape[:2], dtype=bool)
 
     def places(self, obs: np.ndarray) -> np.ndarray:
@@ -477,12 +478,12 @@ def bayes_predictor(world: GridWorld, episodes: Episodes) -> np.ndarray:
 # quaternion: 3 turning rates). Torques are in MuJoCo's order, leg 4 first: hip_4, ankle_4, hip_1, ...
 # ----------------------------------------------------------------------------------------------------
 
-CELL = 1.25  # metres; ours: it makes a colour about as many steps as in the paper's Fig. 6
-SUBSTEPS = 5  # of 0.01 s; ours, Gymnasium's ant
+CELL = 1.25  # metres; ours: then the way to a colour takes about as many steps as in the paper's Fig. 6
+SUBSTEPS = 5  # of 0.01 s; not given in the paper, so as in Gymnasium's ant
 LOWEST, HIGHEST = 0.2, 1.0  # of the torso; outside, the episode ends
 LARGEST = 200.0  # m, rad, m/s or rad/s: beyond, the simulation has diverged (random torques reach about 20)
 XY, HEIGHT, QUATERNION, JOINTS, JOINT_RATES = slice(1, 3), 3, slice(4, 8), slice(8, 16), slice(22, 30)  # in the state
-STANDING = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)  # ant.xml's init_qpos; all joints at 0: 86 % fall
+STANDING = (0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1)  # as in ant.xml (from joints all at 0 most ants fall)
 
 
 @functools.cache
@@ -500,7 +501,7 @@ def ant_physics(threads: int):
 
 
 def ant_simulate(state: np.ndarray, torques: np.ndarray, threads: int = 1) -> np.ndarray:
-    """One control step: state (B, 30), torques (B, 8), clipped to [-1, 1] -> state (B, 30)."""
+    """One control step: state (B, 30), torques (B, 8), which MuJoCo clips to [-1, 1] -> state (B, 30)."""
     model, scratch, pool = ant_physics(threads)
     states, _ = pool.rollout(model, scratch, state, torques[:, None].astype(float), nstep=SUBSTEPS)
     return states[:, -1]
@@ -510,7 +511,7 @@ class AntBatch(Batch):
     """B episodes of ant pinpad that step together.
 
     Starts, which rng draws, and ends are those that `PinpadEnv` describes; a torque that is not finite is an end, too.
-    `roam` keeps these ends. Lying upside down ends nothing, as the height does not show it (see `upright`)."""
+    These ends hold with `roam`, too. Lying upside down ends nothing, as the height does not show it: see `upright`."""
 
     def __init__(self, world: AntWorld, layout, tasks, rng: np.random.Generator, roam=False):
         super().__init__(world, layout, tasks, rng, roam)
@@ -545,7 +546,7 @@ class AntBatch(Batch):
         return (self.state[:, 5:7] ** 2).sum(axis=1) < 0.5  # x and y of the quaternion: z . up = 1 - 2 (x^2 + y^2)
 
     def place(self, index: np.ndarray, cell: np.ndarray) -> None:
-        """Put the ants of the episodes `index` anywhere in these cells, as they move."""
+        """Put the ants of the episodes `index` anywhere in these cells. They keep posture and speed."""
         super().place(index, cell)
         self.state[index, XY] = self.world.centres[cell] + self.rng.uniform(-CELL / 2, CELL / 2, (len(index), 2))
 
@@ -609,16 +610,16 @@ def ant_direction(batch: AntBatch, field: np.ndarray, rows: np.ndarray) -> np.nd
     return np.arctan2(dy, dx)
 
 
-STRIDE_LENGTH = 0.8  # metres, most of a cell; between two decisions of a spliced trajectory lie 0 to 1.5 of it
+STRIDE_LENGTH = 0.8  # metres, most of a cell; from one step of a spliced trajectory to the next: 0 to 1.5 of it
 
 
 @functools.cache
 def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
     """Moments of walking ants for spliced trajectories: states (count, 30), turned so that all walk along x.
 
-    256 ants trot on an empty plane, with torque noise of this deviation, in a direction that drifts and every 20th
-    step turns by a quarter or a half; every 4th step is kept, also those in which an ant has just begun to turn.
-    Each ant starts anew after 200 steps on average, or when it has fallen. The same for every seed."""
+    256 ants trot on an empty plane, with torque noise of this deviation. Their direction drifts, and after one step in
+    twenty, at random, it turns by a quarter or a half. Every 4th step is kept, also those in which an ant has just
+    begun to turn. Each ant starts anew after 200 steps on average, or when it has fallen. The same for every seed."""
     rng, world = np.random.default_rng(10**9), WORLDS["ant"]
     layout, tasks = sample_layouts(world, 256, rng), pad_tasks([world.rl_task] * 256)
     start = lambda: world.start(layout, tasks, rng)
@@ -644,7 +645,7 @@ def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
 def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
     """The body of states (B, 30) turned to the left by angles (B,): heading and velocity, but not the place."""
     turned = state.copy()
-    velocity = (state[:, 16] + 1j * state[:, 17]) * np.exp(1j * angle)  # of the torso; its turning rates are its own
+    velocity = (state[:, 16] + 1j * state[:, 17]) * np.exp(1j * angle)  # turning rates: in its own frame
     turned[:, 16], turned[:, 17] = velocity.real, velocity.imag
     half = np.exp(0.5j * angle)
     one, two = (state[:, 4] + 1j * state[:, 7]) * half, (state[:, 5] + 1j * state[:, 6]) * half
@@ -656,9 +657,9 @@ class SplicedBatch(AntBatch):
     """Ants to learn from, without simulation: a step is one decision, up to one and a half strides after the last.
 
     Between two decisions the ant moves on its way, a little or most of a cell; how its body moves then is one of
-    `ant_strides`, turned anyhow. The targets are the expert's torques for the place and the body. The body is drawn at
-    random, so it carries no hint about the goal. Without this the model copies its current velocity and ignores the
-    goal (imitation learning's copycat problem)."""
+    `ant_strides`, turned by a random angle. The targets are the expert's torques for the place and the body. The body
+    is drawn at random, so it carries no hint about the goal. Without this the model copies its current velocity and
+    ignores the goal (imitation learning's copycat problem)."""
 
     def step(self, way: np.ndarray):
         """Where each ant walks, (B,) in radians -> visited colour or -1 (B,), reward (B,), done (B,)."""
@@ -669,7 +670,7 @@ class SplicedBatch(AntBatch):
         cell = self.world.cell_of(xy)
         content = self.content[self.rows, cell]
         slipped = (content >= 0) & (content != self.goal()) & (cell != self.cell)
-        # Over a corner: it stays where it was.
+        # Not into a wall or a wrong colour: then it stays where it was.
         xy, cell = np.where(slipped[:, None], self.state[:, XY], xy), np.where(slipped, self.cell, cell)
         strides = ant_strides(self.world.noise)
         self.state = rotate_ant(strides[rng.integers(len(strides), size=B)], rng.uniform(-np.pi, np.pi, B))
@@ -689,7 +690,7 @@ class AntWorld(World):
     BODY = 35  # numbers of a body in its own frame
 
     def spaces(self):
-        # No number gets larger: the largest are those of an ant LARGEST metres off the grid, in half cells.
+        # No number gets larger: the largest are those of an ant LARGEST metres from the centre, in half cells.
         bound = 2 * LARGEST / CELL
         observation = gym.spaces.Box(-bound, bound, (self.parts["local"].stop,), np.float32)
         return gym.spaces.Box(-1.0, 1.0, (8,), np.float32), observation
@@ -714,7 +715,7 @@ class AntWorld(World):
         return {name: slice(start, end) for name, start, end in zip(sizes, ends[:-1], ends[1:])}
 
     def cell_of(self, xy: np.ndarray) -> np.ndarray:
-        """The cell of a place, or the nearest one off the grid, (B, 2) -> (B,)."""
+        """The cell of a place, the nearest one if it is off the grid, (B, 2) -> (B,)."""
         column, row = np.clip((self.half + xy * (1, -1)) // CELL, 0, self.size - 1).astype(np.int64).T
         return row * self.size + column
 
@@ -741,12 +742,12 @@ class AntWorld(World):
         return view
 
     def is_entry(self, obs: np.ndarray) -> np.ndarray:
-        """Steps that lead into another cell, and the first, (N, T)."""
+        """The first step, and steps that begin in another cell than the one before, (N, T)."""
         cell = self.cells(obs)[..., -1]
         return np.append(np.ones((len(obs), 1), bool), cell[:, 1:] != cell[:, :-1], axis=1)
 
     def cells(self, obs: np.ndarray) -> np.ndarray:
-        """Cell of each colour, each wall and the ant, or the nearest one off the grid, (..., O + W + 1)."""
+        """Cell of each colour, each wall and the ant (the nearest one if it is off the grid), (..., O + W + 1)."""
         return np.floor(self.places(obs)).clip(0, self.size - 1).astype(int) @ (1, self.size)
 
     def own_frame(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -794,7 +795,7 @@ TABLE_A2 = parse_tasks(
 WORLDS = {
     # The paper's grid.
     "paper": GridWorld(7, 8, 4, 100, PAIRS, TABLE_A1, (0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3)),
-    # A small grid of the same kind with the paper's ant tasks: single colours as subgoals.
+    # A small grid of the same kind, with single colours as subgoals. Experts have the tasks of the paper's ant.
     "small": GridWorld(5, 4, 1, 100, SINGLES, TABLE_A2, (0, 1, 2, 3, 0, 1)),
     # The paper's ant; `ant-simulated` learns from simulated trajectories, as in the paper.
     "ant": AntWorld(4, 4, 1, 500, SINGLES, TABLE_A2, (0, 1, 2, 3)),
@@ -838,8 +839,8 @@ class PinpadEnv(gym.Env):
     `info["subgoal"]` is the true one, for evaluation only. Layouts may be unsolvable unless
     `reset(options={"solvable": True})`. The ant starts anywhere in its cell, with any yaw, joint angles and rates
     within 0.1 of standing still. Terminates when the task is solved, when a wrong colour is visited, and after `limit`
-    steps, which are part of the task; an ant's episode also when a wall is entered, when the torso is lower than 0.2 m
-    or higher than 1.0 m, and when the simulation diverges. Never truncates.
+    steps (the limit belongs to the task); an ant's episode also when a wall is entered, when the torso is lower than
+    0.2 m or higher than 1.0 m, and when the simulation diverges. Never truncates.
 
     ## Arguments
     render_mode ("ansi" or "rgb_array"), task (a sequence of colours), size, colours, walls, limit."""

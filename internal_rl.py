@@ -10,15 +10,17 @@ agent is not told it, and the only reward comes after the last visit. A wrong vi
 succeed by chance, and can only then learn. RL begins with a model, the *base*, that was trained to imitate experts.
 Each expert's episode has three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2,
 from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the six visits is
-right when all visits before it were right (for the base alone, the expert made those). The product is the chance:
+right when all visits before it were right. (The base alone almost never gets beyond the first. For it, an expert of
+the RL task made the visits before.) The product is the chance:
 
-    the base acts alone:                  .255 x .0017 x .0113 x .066 x .0111 x .044 = 1 in 6,700,000,000 episodes
-    random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = 1 in 10,200 episodes
+    the base acts alone:                  .255 x .0017 x .0113 x .066 x .0111 x .044 = about 1 in 6,500,000,000
+    random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = about 1 in 10,000
 
 So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
-code is eight numbers that make the base walk to one colour, whatever it visited before, so also from 0 to 1. Most
-random codes lead to one colour, too. Nobody tells the model which codes there are: it finds them in the trajectories
-of the experts. This takes three phases, in the order of this file:
+code is eight numbers. The codes that the model learns make the base walk to one colour each, whatever it visited
+before, so also from 0 to 1. Most codes that are drawn at random do so for one colour or another. Nobody tells the
+model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
+this file:
 
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
@@ -26,13 +28,12 @@ of the experts. This takes three phases, in the order of this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, and proposes codes. It reads a copy. An observation lists
-       the cells, 0 to 24, of the colours, of the wall and of the agent. In the copy these numbers are exchanged at
-       random, in the same way at all steps of an episode. If the agent stands on colour 2, both have the same number
-       in the copy, too. At other steps the numbers do not say where colour 2 lies. So the encoder sees when each
-       colour is visited, but no directions: codes become goals, not paths. A *gate* sees the residuals up to now and
-       the code in force. It decides when a proposal replaces that code. The code becomes a matrix U_t, which acts
-       between the blocks.
+       encoder sees the whole episode, its future included, and proposes codes. It reads a copy of the episode, in
+       which the cells are renumbered. (An observation lists the cells, 0 to 24, of the colours, of the wall and of the
+       agent. In the copy these numbers are exchanged at random, in the same way at all steps.) Equal cells stay equal.
+       So the encoder sees when the agent stands on colour 2. But which cells are neighbours is lost, so it sees no
+       directions: codes become goals, not paths. A *gate* sees the residuals up to now and the code in force. It
+       decides when a proposal replaces that code. The code becomes a matrix U_t, which acts between the blocks.
 
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
@@ -61,15 +62,17 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     gate              beta_t   (B, T)       1 adopts the proposal, 0 keeps the code, .5 mixes them     Eq. 2
     code              z_t      (B, T, Z)    z_t = beta_t z~_t + (1 - beta_t) z_t-1                     Eq. 2
     controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 1
-    kl_weight         alpha    scalar       price of one nat of a proposal (1.44 bits)                 Eq. 3
+    kl_weight         alpha    scalar       price of each nat of a proposal (1 nat = 1.44 bits)        Eq. 3
 
-A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The true
-subgoals serve measurements alone. What differs from the paper is marked "departure" in `Config`.
+A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. Only
+measurements use the true subgoals. One of these, the *check*, trains controllers for them: it shows whether a base can
+be steered at all, and the method does not use it. What differs from the paper is marked "departure" in `Config`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.metadata
 import inspect
@@ -116,14 +119,14 @@ class Config:
 
     # task and evaluation
     world: str = "small"  # in envs.WORLDS (paper: App. A; small: ours)
-    eval_episodes: Many = 1024  # held-out episodes; 4 times as many, of the RL task, to measure RL
+    eval_episodes: Many = 1024  # episodes to measure with, none of them trained on; for RL 4 times as many
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
     mlp: Count = 256  # hidden units of each MLP (paper: 512)
-    swiglu: bool = True  # departure: gated MLPs instead of ReLU
+    swiglu: bool = True  # departure: MLPs that multiply two layers (SwiGLU) instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
-    init_scale: Rate = 0.33  # variance of initial weights x fan-in (paper: 0.1)
+    init_scale: Rate = 0.33  # variance of a layer's first weights x number of its inputs (paper: 0.1)
     control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
     blind_blocks: Natural = 0  # departure: this many of the first blocks never look at earlier steps
     # phase 1: pretrain
@@ -132,14 +135,14 @@ class Config:
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon, a faster optimiser, for the blocks' matrices; rates that fall
     obs_loss: Weight = 0.0  # lambda, weight of next-observation prediction (paper: 0 or 0.01; ant: 10)
-    jumps: Chance = 0.1  # departure: chance per step that the expert has to go on from another cell
-    # phase 2, and the check of the base: can controllers steer it if they are told the true subgoals?
+    jumps: Chance = 0.1  # departure: chance per step that the agent is put on another cell
+    # phase 2, and the check: can controllers steer the base if they are told the true subgoals?
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: until this share of phase 2 the base has no memory (1: in phase 3, too)
+    blind: Chance = 0.65  # departure: until this share of phase 2 the base has no memory (at 1: nor in phase 3)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
-    temperature: Rate = 0.3  # departure: of the base's actions while it is steered; no phase's loss uses it (paper: 1)
+    temperature: Rate = 0.3  # departure: of the moves while the base is steered; no loss scores these (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -173,10 +176,10 @@ class Config:
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. The small grid needs these two cases, full memory and
-# blind. On the 7x7 grid memory can also end at one step, or become weak there. `faded` says where: it has one number
-# for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is multiplied by
-# exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4 sees step 3,
-# but not steps 1 and 2: memory ends at step 3. In a blind episode it ends at every step.
+# blind. On the 7x7 grid memory can also begin anew at one step, or become weak there. `faded` says where: it has one
+# number for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is
+# multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4
+# sees step 3, but not steps 1 and 2: memory begins anew at step 3. In a blind episode it begins anew at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -373,12 +376,13 @@ class Metacontroller(nn.Module):
 
     def encode(self, residual, last):
         """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). On the grid N is T + 1: all
-        steps, then the last observation. For the ant `propose` picks fewer steps. At each, the encoder reads the
-        residual, the history before it, and the episode's summary.
+        steps, then the last observation. For the ant there are fewer (see `propose`, phase 2). At each, the encoder
+        reads the residual, the history before it, and the episode's summary.
 
-        last (B,): the place of the last observation among the N. Padding follows it. For the summary a GRU reads
-        backwards, from step `last` to step 0. In a short episode it reads step 0 again and again, to fill the tensor:
-        for last = 2 and N = 5 steps 2, 1, 0, 0, 0. We take its state when it has read step 0 once."""
+        last (B,): the place of the last observation among the N, counted from 0. Padding follows it. For the summary
+        a GRU reads backwards, from place `last` to place 0. In a short episode it reads place 0 again and again, to
+        fill the tensor: for last = 2 and N = 5 places 2, 1, 0, 0, 0. The summary is its state when it has read place 0
+        for the first time. That is its output number `last`, again counted from 0."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -406,7 +410,7 @@ class Metacontroller(nn.Module):
         In training the gate is *soft*, any number between 0 and 1, so that gradients reach it. With a threshold it is
         *hard*: a code is replaced as a whole where the gate is above the threshold, or not at all. RL needs that, as a
         policy must know when it decides; measurements use it, too. After training this makes little difference: the
-        gate is then near 0 or near 1 at all steps. (`CodePilot` does the same, one step at a time.)
+        gate is then near 0 or near 1 at all steps. (In RL, `CodePilot` does the same, one step at a time.)
 
         residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
         history = shift_right(self.history(self.read(residual))[0])
@@ -446,7 +450,7 @@ def code_kl(mean, log_std):
 # Each phase is a function of a `run` and of the models of earlier phases, of nothing else. Helpers that come later:
 #
 #     run.config, run.world, run.device      what the run was started with (`Run`, near the end of the file)
-#     run.seeded(phase)                      seeds all chance, returns numpy's generator
+#     run.seeded(phase)                      seeds all random generators, returns numpy's
 #     run.tensor(array), run.log(...)        numpy array -> tensor; shows progress
 #     update(...), rate(...)                 one step of the optimisers; the learning rate now, as a share of its peak
 #
@@ -454,10 +458,11 @@ def code_kl(mean, log_std):
 # the mean length of the batch's episodes.
 #
 # Trajectories have *jumps*: after one step in ten the agent is put on another free cell, and the expert goes on from
-# there. Why? An expert takes shortest paths. A base that has seen nothing else knows little of what to do beside them,
-# and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. A jump
-# never leads onto a colour, so it is no visit, and the visits of an episode stay those of its task. (No jump follows a
-# visit, as the base should see how experts leave a colour. Phase 2 has the same trajectories, RL has no jumps.)
+# there. Why? An expert takes shortest paths. A base that has seen nothing else knows little of what to do away from
+# them, and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. A
+# jump never leads onto a colour, so it is no visit, and the visits of an episode stay those of its task. (No jump
+# follows a visit, as the base should see how experts leave a colour. Phase 2 has the same trajectories, RL has no
+# jumps.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -512,9 +517,9 @@ def pretrain(run: Run) -> BaseModel:
 # Why does the gate open where the goal changes, and stay shut at other steps? To open the gate costs nothing. A
 # proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I).
 # Noise costs nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate
-# learns to stay shut at these steps. It opens where a proposal says something: just after the agent arrived on a
-# colour. The gate sees this in the residual. (This is the paper's reason. On the small grid it cannot be the only one:
-# with `--kl_weight 0` the gate opens at the same steps. We do not know why.)
+# learns to stay shut at these steps. It opens where a proposal says something: at the step at which the agent stands
+# on a colour. The gate sees this in the residual. (This is the paper's reason. On the small grid it cannot be the only
+# one: with `--kl_weight 0` the gate opens at the same steps. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -524,7 +529,8 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
 # Gate, encoder and policy read residuals of the lower blocks with GRUs that are no part of the base. So they remember
-# earlier steps even when the base is blind. Where lower blocks remember, their residuals tell of earlier steps, too.
+# earlier steps even when the base is blind. And when the base is not blind, each single residual can tell of earlier
+# steps, so that the policy learns of the steps between the openings, too.
 #
 # The price alone does not make the code name a goal. Two departures from the paper do:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
@@ -532,14 +538,15 @@ def pretrain(run: Run) -> BaseModel:
 #    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
 # 2. At first the base is blind. Suppose that it remembered. It knows that experts go from 0 to 2 or 3, and from 3 to
 #    1 or 2. Then a code could mean "the lower of the two numbers": 2 after 0, but 1 after 3. No code would lead from 0
-#    to 1, and RL needs that. A blind base knows what was visited only while the agent stands on it. There it avoids 1
-#    after 0 like any base. One step later it knows nothing: this step looks like the first of an episode, where any
-#    goal may follow. So a code, which is held all the way, must name the goal itself: "go to 1".
+#    to 1, and RL needs that. A blind base knows what was visited only while the agent stands on it. At the step on 0
+#    it avoids 1, like any base. From the next step on it has forgotten 0: that step looks like the first of an
+#    episode, where any goal may follow. So a code, which is held all the way, must name the goal itself: "go to 1".
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
 #    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
 #    never trains the code for 1 right after a visit to 0. There the cell that the agent stands on, and then the base's
-#    memory, speak against 1. The code works all the same, in most episodes: the chances at the top of this file are
-#    those of a base with memory. We do not know why the code wins.
+#    memory, speak against 1. The code works all the same, in most episodes. (At the top of this file: after 0 random
+#    codes lead to 1 in .179 of the episodes, with a base that remembers. At most a quarter of them means 1.) We do not
+#    know why the code wins.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -551,7 +558,8 @@ def ramp(progress: float, start: float, end: float) -> float:
 def kl_charge(c: Config, progress: float) -> float:
     """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `blind` .65 it is 0
     until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
-    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes."""
+    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes.
+    (That the price rises in the blind part is a choice: so `blind` serves for both.)"""
     return ramp(progress, c.blind / 2, c.blind)
 
 
@@ -576,7 +584,7 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid the whole copy, (B, T + 1, F)
-    residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # at progress 0 all episodes are blind
+    residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # as at the start of phase 2: all blind
     said = torch.cat(meta.encode(residual, last), dim=-1)
     mean, log_std = put_back(run, said, proposes).chunk(2, dim=-1)
     return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
@@ -670,10 +678,11 @@ class CodePilot(Pilot):
 
 
 class Decisions(NamedTuple):
-    """B finished episodes of up to K decisions: actions, one a step, or (|) codes, one for each open gate."""
+    """B finished episodes of up to K decisions. In RL on raw actions these are the actions, one a step. In internal RL
+    they are the codes, one for each opening of the gate."""
 
-    inputs: torch.Tensor  # (B, K, F) observation | (B, K, D) residual
-    chosen: torch.Tensor  # (B, K, ...) action | (B, K, Z) code
+    inputs: torch.Tensor  # (B, K, F), observations; of codes (B, K, D), residuals
+    chosen: torch.Tensor  # (B, K, ...), actions; of codes (B, K, Z)
     log_prob: torch.Tensor  # (B, K) when it was chosen
     mask: torch.Tensor  # (B, K) 1 for decisions that were made
     reward: torch.Tensor  # (B,) at the end
@@ -807,7 +816,7 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
-    rate. RL ends early when the success of a batch is `enough` (`claim_credit` needs a policy that is half trained).
+    rate. RL ends early when the success of a batch is `enough`: one measurement needs a policy that is half trained.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
@@ -860,22 +869,24 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # the steps after the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the
 # blocks above it forget when the gate opens (`forget`).
 #
-# *The ant*, a simulated body on a floor of 4x4 cells. Its base is blind in phases 2 and 3. All steps on the cell of a
-# colour look alike, so the gate may open at each of them. In training, one step is a long stride. The ant leaves the
-# cell after 1.6 steps, and this does little harm. When it is simulated, it stays for more than ten steps, and the
-# policy would have to choose a code at each. So training must punish this: late in phase 2 the encoder proposes only
-# where the ant enters another cell of its floor (an *entry*). After that the proposals are noise. To adopt them spoils
-# the code, so the gate opens once.
+# *The ant*, a body with four legs on a floor of 4x4 cells. Only RL simulates it. Training episodes are put together
+# from recorded strides, and one step is a long stride. A simulated stride takes about ten steps, which a base with
+# memory has never seen, and it is steered badly there. So the ant's base is blind in phases 2 and 3.
+# Besides, all steps on the cell of a colour look alike, so the gate may open at each of them. In training the ant
+# leaves the cell after 1.6 steps, and this does little harm. In RL it stays for more than ten steps, and the policy
+# would have to choose a code at each. So training must punish this: late in phase 2 the encoder proposes only where
+# the ant enters another cell of its floor (an *entry*). After that the proposals are noise. To adopt them spoils the
+# code, so the gate opens once.
 #
-# (On the small grid `take_steps` takes all steps, and `put_back` changes nothing.)
+# (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
 
 
 def forget_at(gate):
-    """`faded` (B, T) of episodes in which memory ends where the gate (B, T) opens. Say it opens at steps 1 and 5:
+    """`faded` (B, T) of episodes in which memory begins anew where the gate (B, T) opens. Say at steps 1 and 5:
 
-        step 5 sees 5               memory ends before it: no step before 5 is seen again
-        step 6 sees 6               memory ends before it, too: step 5 is not seen again
+        step 5 sees 5               memory begins anew: no step before 5 is seen again
+        step 6 sees 6               memory begins anew once more: step 5 is not seen again
         step 7 sees 6 and 7
 
     Why also before step 6? At step 5 the agent stands on the colour it came for. A base that remembers this colour
@@ -886,7 +897,7 @@ def forget_at(gate):
 
 
 def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
-    """Where the encoder proposes, (B, T): at every step until half of the KL is charged, then at entries. On the grid
+    """Where the encoder proposes, (B, T): at every step until `kl_charge` is .5, then at entries. On the grid
     every step is an entry."""
     if kl_charge(run.config, progress) < 0.5:
         return episodes.mask
@@ -1363,12 +1374,13 @@ def measure_policy(run: Run, policy: Policy, models: dict) -> dict:
     base, meta, count = models["pretrain"], models["discover"], 4 * run.config.eval_episodes
     _, success = play_codes(run, base, meta, policy, count, run.seeded("evaluate"))
     _, mean_success = play_codes(run, base, meta, policy, count, run.seeded("evaluate"), sample=False)
-    return {"internal_rl_success": success, "internal_rl_mean_success": mean_success}
+    return {"internal_rl_success": success, "internal_rl_mean_success": mean_success, "rl_curve": run.curves["rl"]}
 
 
 def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
     """Success in the RL task of the fine-tuned base on fresh episodes."""
-    return {"raw_rl_success": play_actions(run, model, 4 * run.config.eval_episodes, run.seeded("evaluate"))[1]}
+    _, success = play_actions(run, model, 4 * run.config.eval_episodes, run.seeded("evaluate"))
+    return {"raw_rl_success": success, "raw_curve": run.curves["raw"]}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1376,7 +1388,7 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 #
 # In: the models of a finished run. Out: for each claim what we measured, and whether it holds here. The last line of
 # each function is the rule for that. The method needs none of this. The last two claims need other training: they get
-# the (config, metrics) of all runs below the folder `--runs`, not the models of this one.
+# the (config, metrics) of the runs below the folder `--runs`, not the models of this one.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1431,7 +1443,7 @@ def unseen_share(world: envs.World, visited) -> list[float]:
     """How often a transition of the RL task is made where it could be, in roaming episodes; visited (N, T)."""
     first_two = (visited >= 0).cumsum(axis=1) <= 2 * len(world.subgoals[0])  # one trial per episode, if it has two
     counts, unseen = transition_counts(world, np.where(first_two, visited, -1)), world.transitions(world.rl_task)
-    return share_of(sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a, _ in unseen))
+    return share_of(sum(counts[pair] for pair in unseen), sum(counts[a].sum() for a in {a for a, _ in unseen}))
 
 
 def two_codes(run: Run, meta: Metacontroller, first, second, step: int = 0) -> CodePilot:
@@ -1637,7 +1649,7 @@ def draw_gates(axis, run: Run, models: dict) -> None:
 def draw_code(axis, run: Run, models: dict, number: int, code) -> None:
     """Where 100 agents are after their first visit, under one code that is held; they start all over one layout."""
     rng = run.seeded("figures")
-    pilot = CodePilot(run, 100, models["discover"], CodesByNumber(torch.tensor([code], device=run.device), 0))
+    pilot = CodePilot(run, 100, models["discover"], lambda residual, rows: code)
     played, visited = rollout(run, models["pretrain"], pilot, run.world.scattered(100, rng))
     obs, last = played.inputs.cpu().numpy(), played.mask.sum(1).int().cpu().numpy() - 1
     seen, rows = visited >= 0, np.arange(100)
@@ -1664,7 +1676,7 @@ def draw_curves(axis, seeds: list[dict]) -> None:
 
 def draw_picture(run: Run, models: dict, seeds: list[dict], path: Path) -> None:
     """The paper in one picture: when the gate opens, what the codes do, how fast a policy over them learns."""
-    codes = seeds[0]["mean_codes"]
+    codes = mean_codes(run)
     layout = [["gates"] * len(codes), [*range(len(codes))], ["curves"] * len(codes)]
     figure = new_figure(figsize=(9, 9))
     axes = figure.subplot_mosaic(layout, height_ratios=(2, 3, 3))
@@ -1704,11 +1716,10 @@ def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
 def draw_claims(seeds: list[dict], path: Path) -> None:
     """A panel for each claim, with all seeds."""
     names = [name for name in CLAIMS if all(name in claims for claims in seeds)]
-    figure = new_figure(figsize=(13, 3.4 * -(-len(names) // 3)))
-    axes = figure.subplots(-(-len(names) // 3), 3, squeeze=False).flat
-    for axis in axes[len(names) :]:
-        axis.set_axis_off()
-    for axis, name in zip(axes, names):
+    rows = math.ceil(len(names) / 3)
+    figure = new_figure(figsize=(13, 3.4 * rows))
+    for place, name in enumerate(names, 1):
+        axis = figure.add_subplot(rows, 3, place)
         holds = sum(claims[name]["holds"] for claims in seeds)
         axis.set_title(f"{name}: holds on {holds} of {len(seeds)} seeds", fontsize=10)
         for claims in seeds:
@@ -1746,22 +1757,16 @@ def draw_animation(run: Run, episodes: list[list[tuple]], path: Path, fps: float
 # ----------------------------------------------------------------------------------------------------
 
 
-class CodesByNumber:
-    """Of the codes (K, Z) always the same one, or the one that the person at the keyboard asks for."""
-
-    def __init__(self, codes, number: int | None = None):
-        self.codes, self.number = codes, number
-
-    def __call__(self, residual, rows):
-        number = self.number
-        while number is None:
-            answer = input(f"the gate is open: code 0 to {len(self.codes) - 1}? ").strip()
-            number = int(answer) if answer.isdecimal() and int(answer) < len(self.codes) else None
-        return self.codes[[number]]
+def ask(codes):
+    """The code (1, Z) that the person at the keyboard asks for, by its number among the codes (subgoals, Z)."""
+    while True:
+        answer = input(f"the gate is open: code 0 to {len(codes) - 1}? ").strip()
+        if answer.isdecimal() and int(answer) < len(codes):
+            return codes[[int(answer)]]
 
 
 class Viewer(CodePilot):
-    """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. Long episodes are
+    """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. The ant is
     shown every few steps. `frames` has an observation, the number of the code, the gate and whether it opened."""
 
     def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float, every: int):
@@ -1792,18 +1797,18 @@ class Viewer(CodePilot):
 def watch(run: Run, args) -> int:
     """Play episodes of the RL task in the terminal; with --gif draw them as well."""
     held = args.code is not None
-    by_number = args.by_hand or held  # then nobody asks the policy
-    needed = TRAINED[:2] if by_number else TRAINED
+    needed = TRAINED[:2] if args.by_hand or held else TRAINED  # by number: nobody asks the policy
     path = load_saved(run, "watch", needed)
     models = {name: load_model(run, name) for name in needed}
     codes = mean_codes(run)
+    by_number = lambda residual, rows: ask(codes) if args.by_hand else codes[[args.code]]
     rng, episodes, solved, fps = run.seeded("watch"), [], 0, 4 if args.fps is None else args.fps
     print(f"The trained run {path}. Codes are numbered by the true subgoal that they serve, for display only.\n"
           "@ agent, * agent on a colour, # wall, [ ] the next visit (the policy is not told)\n"
           "| the gate opened: a new code; . the code is held. Ctrl-C ends it.\n")  # fmt: skip
     try:
         for number in range(1, (args.watch_episodes or (1 if held else 3)) + 1):
-            choose = CodesByNumber(codes, args.code) if by_number else PolicyCodes(run, 1, models["rl"])
+            choose = PolicyCodes(run, 1, models["rl"]) if "rl" in models else by_number
             every = 1 if args.by_hand else run.world.shown_every  # a person must see where the gate opened
             viewer = Viewer(run, models["discover"], choose, codes, fps, every)
             episodes.append(viewer.frames)
@@ -1840,9 +1845,7 @@ class Failure(Exception):
 
 
 # Offsets that keep random streams apart: a stage depends on (config, seed, the stages that it needs) alone.
-STREAMS = {
-    "pretrain": 0, "steer": 1, "discover": 2, "rl": 3, "raw": 4, "evaluate": 6, "figures": 7, "watch": 8, "claims": 9,
-}  # fmt: skip
+STREAMS = dict(pretrain=0, steer=1, discover=2, rl=3, raw=4, evaluate=6, figures=7, watch=8, claims=9)
 
 
 class Run:
@@ -1888,7 +1891,8 @@ class Run:
         print(f"{place}/{len(stages)} {self.phase:9s}{step:>8,}/{total:,} {unit}  {values}  {speed}; left: "
               f"phase {left:.0f} s{whole}", flush=True)  # fmt: skip
         if self.out:
-            with open(self.out / "metrics.csv", "a", encoding="utf-8") as file:
+            path = self.out / "metrics.csv"
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{self.phase},{step},{elapsed:.1f},{key},{metrics[key]}\n" for key in metrics)
 
 
@@ -1914,14 +1918,21 @@ TRAINED = "pretrain", "discover", "rl"  # the stages of the method
 NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """What the disk refuses is a one-line message."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{path}: cannot write it ({error.strerror})", 1) from None
+
+
 def write_whole(path: Path, write) -> None:
     """Write a file whole or not at all; `write` gets the path of a temporary one."""
     temporary = path.with_name("new-" + path.name)
-    try:
+    with writing(path):
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        raise Failure(f"{path}: cannot write it ({error.strerror})", 1) from None
 
 
 def write_json(path: Path, content) -> None:
@@ -1935,14 +1946,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Failure(f"{path}: not a file of ours ({type(error).__name__}); delete it") from None
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise Failure(f"--out {out}: cannot write there ({getattr(error, 'strerror', error)})") from None
+        raise Failure(f"{path}: not there, or not a file of ours ({type(error).__name__})") from None
 
 
 def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
@@ -1975,9 +1979,8 @@ def load_saved(run: Run, phase: str, watched=TRAINED) -> Path:
     if missing:
         raise Failure(f"--phase {phase}: {mine} is not there or lacks --phase {missing[0]}; run that first")
     typical = SHIPPED / f"{run.name}.json"  # whose minutes tell how long this run may take
-    shipped = read_json(typical)["seeds"] if typical.exists() else [{}]
-    minutes = lambda name: float(np.mean([metrics.get(f"minutes_{name}", 0.0) for metrics in shipped]))
-    run.plan = {name: minutes(name) for name in wanted if name not in run.saved}
+    shipped = read_json(typical)["seeds"][0] if typical.exists() else {}
+    run.plan = {name: shipped.get(f"minutes_{name}", 0.0) for name in wanted if name not in run.saved}
     return path
 
 
@@ -1988,7 +1991,7 @@ def load_model(run: Run, name: str) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def numbers(metrics: dict) -> dict:
+def single_numbers(metrics: dict) -> dict:
     """The metrics that are one number each: without curves and codes."""
     return {name: value for name, value in metrics.items() if not isinstance(value, list)}
 
@@ -2004,11 +2007,9 @@ def run_stage(run: Run, name: str, models: dict) -> dict:
     model = models[name] = stage.train(run, *(models[need] for need in stage.needs))
     minutes = (time.time() - started) / 60
     metrics = {**stage.measure(run, model, models), f"minutes_{name}": minutes}
-    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers(metrics).items()), flush=True)
-    if not all(math.isfinite(value) for value in numbers(metrics).values()):
-        raise Failure(f"{name}: not a finite number: {numbers(metrics)}; lower the learning rate", 1)
-    if name in run.curves:
-        metrics[f"{name}_curve"] = run.curves[name]
+    print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in single_numbers(metrics).items()), flush=True)
+    if not all(math.isfinite(value) for value in single_numbers(metrics).values()):
+        raise Failure(f"{name}: not a finite number: {single_numbers(metrics)}; lower the learning rate", 1)
     plain = json.loads(json.dumps(metrics, default=float))  # no numpy scalars: torch.load refuses them
     run.saved[name] = {"config": asdict(run.config), "seed": run.seed, "metrics": plain, "model": model.state_dict()}
     if run.config.cotrain and name == "discover":
@@ -2030,7 +2031,6 @@ def forget_metrics(path: Path, phase: str) -> None:
 
 def run_seed(run: Run, phase: str) -> dict:
     """All stages of `phase` for one seed, resuming what is finished; returns the metrics so far."""
-    make_folder(run.out)
     write_json(run.out / "config.json", {"seed": run.seed, **asdict(run.config)})
     models, metrics = {}, {"seed": run.seed}
     for name, stage in STAGES.items():
@@ -2040,6 +2040,9 @@ def run_seed(run: Run, phase: str) -> dict:
     metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
+    print("--- results")
+    for key, value in single_numbers(metrics).items():
+        print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
     return metrics
 
 
@@ -2052,15 +2055,15 @@ def control_runs(folder: Path, config: Config) -> list[tuple[dict, dict]]:
     return [(theirs, metrics) for theirs, metrics in found if ours.items() <= theirs.items()]
 
 
-def check_claims(run: Run, others: list) -> dict:
+def check_claims(run: Run, path: Path, others: list) -> dict:
     """Measure the claims that `claims.json` of this run does not have yet -> seed, config and claims.
-    others: (config, metrics) of the control experiments."""
-    path, started, quiet = load_saved(run, "claims"), time.time(), copy.copy(run)
+    path: the file of the run. others: (config, metrics) of the control experiments."""
+    started, quiet = time.time(), copy.copy(run)
     quiet.out = None  # the run's own metrics.csv stays as it is
     print(f"The claims of the paper, on {path} and {len(others)} control experiments, to {run.out}", flush=True)
-    make_folder(run.out)
     models, file = {name: load_model(run, name) for name in TRAINED}, run.out / "claims.json"
-    result = {"seed": run.seed, "config": asdict(run.config), "claims": {}}
+    success = run.saved["rl"]["metrics"]["internal_rl_success"]  # another run has another
+    result = {"seed": run.seed, "config": asdict(run.config), "internal_rl_success": success, "claims": {}}
     before = read_json(file)["seeds"][0] if file.exists() else {}
     if {**before, "claims": {}} == result:
         result = before
@@ -2100,7 +2103,7 @@ def between(kind, least, most):
     return parse
 
 
-def seeds(text: str) -> list[int]:
+def seed_list(text: str) -> list[int]:
     found = [between(int, 0, 999_999)(part) for part in text.split(",")]
     if len({*found}) < len(found):
         raise argparse.ArgumentTypeError(f"{text}: must be different numbers, such as 0,1,2")
@@ -2120,7 +2123,7 @@ def make_parser() -> argparse.ArgumentParser:
     phases = ["pretrain", "discover", "rl", "all", "watch", "claims"]
     parser.add_argument("--phase", choices=phases, default="all", help="what to run")
     parser.add_argument("--fast", action="store_true", help="shrink the preset to a smoke run of under a minute")
-    parser.add_argument("--seed", type=seeds, default="0", help="seed, or several: 0,1,2 (then all are collected)")
+    parser.add_argument("--seed", type=seed_list, default="0", help="seed, or several: 0,1,2 (then all are collected)")
     parser.add_argument("--out", help="folder of results (default: runs/ENV-PRESET, and seed-K in it)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=between(int, 0, 256), default=0, help="of the CPU (0: PyTorch's default)")
@@ -2184,6 +2187,9 @@ def main(argv=None) -> int:
     except Failure as failure:
         print(f"internal_rl: {failure}", file=sys.stderr)
         return failure.status
+    except ModuleNotFoundError as error:
+        print(f"internal_rl: {error}; install what requirements.txt lists", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # whoever read the output, `head` for one, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -2202,6 +2208,8 @@ def run_command(args, argv) -> int:
             raise Failure(f"--{name}: belongs to --phase watch")
     if args.gif and Path(args.gif).suffix != ".gif":
         raise Failure(f"--gif {args.gif}: must end in .gif")
+    if args.gif and not Path(args.gif).parent.is_dir():
+        raise Failure(f"--gif {args.gif}: its folder does not exist")
     if args.phase == "watch" and len(args.seed) > 1:
         raise Failure(f"--seed {args.seed}: --phase watch shows one")
     if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
@@ -2219,28 +2227,27 @@ def run_command(args, argv) -> int:
     runs = [Run(config, seed, device, folder if alone else folder / f"seed-{seed}", name=name) for seed in args.seed]
     if args.phase == "watch":
         return watch(runs[0], args)
+    paths = [load_saved(run, args.phase) for run in runs]  # a mismatch must stop us before anything is written
+    try:
+        for run in runs:
+            run.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"--out {folder}: cannot write there ({error.strerror})") from None
     if args.phase == "claims":
         others = control_runs(Path(args.runs), config)
-        results = [check_claims(run, others) for run in runs]
+        results = [check_claims(run, path, others) for run, path in zip(runs, paths)]
         write_json(folder / "claims.json", {"seeds": results})
         if not args.no_figures:
             draw_claims([result["claims"] for result in results], folder / "claims.png")
         return 0
-    for run in runs:
-        load_saved(run, args.phase)  # a mismatch must stop us before anything is written
-    results = []
-    for run in runs:
-        results.append(run_seed(run, args.phase))
-        print("--- results")
-        for key, value in numbers(results[-1]).items():
-            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    results = [run_seed(run, args.phase) for run in runs]
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
         models = {stage: load_model(runs[0], stage) for stage in TRAINED}
         draw_picture(runs[0], models, results, (folder if len(runs) > 1 else runs[0].out) / "picture.png")
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
-        write_json(folder / f"{name}.json", {**summary, "seeds": [numbers(metrics) for metrics in results]})
+        write_json(folder / f"{name}.json", {**summary, "seeds": [single_numbers(metrics) for metrics in results]})
     return 0
 
 

@@ -1,6 +1,6 @@
 """Tests of envs.py and internal_rl.py, in their order. Each docstring is the claim that is checked.
 
-`python -m pytest` takes 90 seconds; `RUN_SLOW=1 python -m pytest -k learns` is the classroom run. References are
+`python -m pytest` takes two minutes; `RUN_SLOW=1 python -m pytest -k learns` is the classroom run. References are
 written here once more and as plainly as possible: breadth-first search for the expert, a sum over the tasks for the
 Bayes predictor, e + U e for the controller, torch.distributions for whatever is Gaussian.
 """
@@ -1343,10 +1343,10 @@ def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
     assert counts == {"gate forced open": 1, "co-trained": 1, "internal RL": 1}
     assert len(found["rate"]["numbers"]["co-trained"]) == 1 and found["rate"]["numbers"]["frozen"] == []
     assert all(contents(copied)[name] == content for name, content in before.items())
-    torch.save({"pretrain": base}, copied / "run.pt")
-    assert run_main(copied, *claims, "none", "--no-figures") == 2 and "--phase discover" in one_line(capsys)
     (controls / "--cotrain" / "config.json").unlink()
     assert run_main(copied, *claims, str(controls)) == 2 and "config.json" in one_line(capsys)
+    torch.save({"pretrain": base}, copied / "run.pt")
+    assert run_main(copied, *claims, "none", "--no-figures") == 2 and "--phase discover" in one_line(capsys)
 
 
 def test_watching_a_trained_run(copied, capsys):
