@@ -874,9 +874,9 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # memory has never seen, and it is steered badly there. So the ant's base is blind in phases 2 and 3.
 # Besides, all steps on the cell of a colour look alike, so the gate may open at each of them. In training the ant
 # leaves the cell after 1.6 steps, and this does little harm. In RL it stays for more than ten steps, and the policy
-# would have to choose a code at each. So training must punish this: late in phase 2 the encoder proposes only where
-# the ant enters another cell of its floor (an *entry*). After that the proposals are noise. To adopt them spoils the
-# code, so the gate opens once.
+# would have to choose a code at each. So training must punish this: once codes have a price, after half of phase 2,
+# the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the proposals
+# are noise. To adopt noise spoils the code, so the gate opens once.
 #
 # (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
@@ -897,9 +897,9 @@ def forget_at(gate):
 
 
 def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
-    """Where the encoder proposes, (B, T): at every step until `kl_charge` is .5, then at entries. On the grid
-    every step is an entry."""
-    if kl_charge(run.config, progress) < 0.5:
+    """Where the encoder proposes, (B, T): at every step as long as codes are free, then at entries. On the grid every
+    step is an entry."""
+    if kl_charge(run.config, progress) == 0:
         return episodes.mask
     return episodes.mask & run.world.is_entry(episodes.obs)[:, :-1]
 
