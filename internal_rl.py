@@ -9,18 +9,18 @@ The problem. On a small grid with four colours, an agent must make six visits: 0
 agent is not told it, and the only reward comes after the last visit. A wrong visit ends the episode. RL must first
 succeed by chance, and can only then learn. RL begins with a model, the *base*, that was trained to imitate experts.
 Each expert's episode has three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2,
-from 2 to 3 or from 3 to 0. How likely is a first success by chance? We measured how often each of the six visits is
-right when all visits before it were right. (The base alone almost never gets beyond the first. For it, an expert of
-the RL task made the visits before.) The product is the chance:
+from 2 to 3 or from 3 to 0. So the RL task has only moves from colour to colour that no expert makes. How likely is a
+first success by chance? We measured how often each of the six visits is right when all visits before it were right.
+(The base alone almost never makes the second. To measure its third visit, say, a script made the first two.) The
+product is the chance:
 
     the base acts alone:                  .255 x .0017 x .0113 x .066 x .0111 x .044 = about 1 in 6,500,000,000
     random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = about 1 in 10,000
 
 So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
 code is eight numbers. The codes that the model learns make the base walk to one colour each, whatever it visited
-before, so also from 0 to 1. Most codes that are drawn at random do so for one colour or another. Nobody tells the
-model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
-this file:
+before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the model which codes there are:
+it finds them in the trajectories of the experts. This takes three phases, in the order of this file:
 
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
@@ -28,13 +28,13 @@ this file:
        observation o_t -> [lower blocks] -> residual e_t -> [upper blocks] -> action a_t
 
     2. discover: a second model, the *metacontroller*, learns to steer the frozen base: to change what it does. An
-       encoder sees the whole episode, its future included, and proposes codes. It reads a copy of the episode, in
-       which the cells are renumbered. (An observation lists the cells, 0 to 24, of the colours, of the wall and of the
-       agent. In the copy these numbers are exchanged at random, in the same way at all steps.) Equal cells stay equal.
-       So the encoder sees when the agent stands on colour 2. But which cells are neighbours is lost, so it sees no
-       directions: codes become goals, not paths. A *gate* sees the residuals up to now and the code in force. It
-       decides when a proposal replaces that code. The code becomes a matrix U_t, which acts between the blocks.
-
+       encoder sees the whole episode, its future included, and proposes codes. A proposal has a price: the more it
+       tells, the more it adds to the loss. The encoder reads a copy of the episode, in which the cells are renumbered.
+       (An observation lists the cells, 0 to 24, of the colours, of the wall and of the agent. In the copy these
+       numbers are exchanged at random, in the same way at all steps.) Equal cells stay equal. So the encoder sees when
+       the agent stands on colour 2. But which cells are neighbours is lost, so it sees no directions: codes become
+       goals, not paths. A *gate* sees the residuals up to now and the code in force. It decides when a proposal
+       replaces that code. The code becomes a matrix U_t, which acts between the blocks.
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
        residuals e_1 ... e_t, code z_t-1 -> [gate] beta_t   1: adopt the proposal, 0: keep the code
@@ -64,9 +64,10 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
     controller        U_t      (D, D)       linear map of the residual, chosen by the code             Eq. 1
     kl_weight         alpha    scalar       price of each nat of a proposal (1 nat = 1.44 bits)        Eq. 3
 
-A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. Only
-measurements use the true subgoals. One of these, the *check*, trains controllers for them: it shows whether a base can
-be steered at all, and the method does not use it. What differs from the paper is marked "departure" in `Config`.
+A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The method is
+never told the true subgoals; only measurements use them. One measurement, the *check*, trains controllers of its own
+that are told the true subgoals. It shows whether a base can be steered at all. What differs from the paper is marked
+"departure" in `Config`.
 """
 
 from __future__ import annotations
@@ -140,13 +141,13 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: until this share of phase 2 the base has no memory (at 1: nor in phase 3)
+    blind: Chance = 0.65  # departure: blind (no memory) for this share of phase 2, then ever less; at 1 in RL, too
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
-    temperature: Rate = 0.3  # departure: of the moves while the base is steered; no loss scores these (paper: 1)
+    temperature: Rate = 0.3  # departure: when the steered base acts; training losses do not use it (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
-    encoder_hidden: Count = 64  # hidden units of encoder and gate; half of it in the decoder (paper; gate: not given)
+    encoder_hidden: Count = 64  # hidden units of encoder and gate; the decoder has half as many (paper; gate: ours)
     code_dim: Count = 8  # Z (paper: n_z)
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 6000  # (paper: 64,000)
@@ -177,9 +178,10 @@ class Config:
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. The small grid needs these two cases, full memory and
 # blind. On the 7x7 grid memory can also begin anew at one step, or become weak there. `faded` says where: it has one
-# number for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is
-# multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4
-# sees step 3, but not steps 1 and 2: memory begins anew at step 3. In a blind episode it begins anew at every step.
+# number for each step, and never rises. A large fall from one step to the next is a wall for memory, a small fall is a
+# thin wall: in the attention, the weight that step t gives to an earlier step s is multiplied by
+# exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4 sees step 3,
+# but not steps 1 and 2: memory begins anew at step 3. In a blind episode it begins anew at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -380,9 +382,9 @@ class Metacontroller(nn.Module):
         reads the residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N, counted from 0. Padding follows it. For the summary
-        a GRU reads backwards, from place `last` to place 0. In a short episode it reads place 0 again and again, to
-        fill the tensor: for last = 2 and N = 5 places 2, 1, 0, 0, 0. The summary is its state when it has read place 0
-        for the first time. That is its output number `last`, again counted from 0."""
+        a GRU reads backwards, from place `last` to place 0, for last = 2 and N = 5 places 2, 1, 0, 0, 0. The repeated
+        0s only fill the tensor. The summary is the output at index `last`, where place 0 was read for the first time;
+        what comes after is ignored."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -518,8 +520,9 @@ def pretrain(run: Run) -> BaseModel:
 # proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I).
 # Noise costs nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate
 # learns to stay shut at these steps. It opens where a proposal says something: at the step at which the agent stands
-# on a colour. The gate sees this in the residual. (This is the paper's reason. On the small grid it cannot be the only
-# one: with `--kl_weight 0` the gate opens at the same steps. We do not know why.)
+# on a colour, as the next move already depends on the new goal. The gate sees in the residual that it is such a step.
+# (This is the paper's reason. On the small grid it cannot be the only one: with `--kl_weight 0` the gate opens at the
+# same steps. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -529,8 +532,8 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
 # Gate, encoder and policy read residuals of the lower blocks with GRUs that are no part of the base. So they remember
-# earlier steps even when the base is blind. And when the base is not blind, each single residual can tell of earlier
-# steps, so that the policy learns of the steps between the openings, too.
+# earlier steps even when the base is blind. And when the base is not blind, each single residual was computed from all
+# steps so far. So it also informs the policy about the steps since the last opening.
 #
 # The price alone does not make the code name a goal. Two departures from the paper do:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
@@ -543,10 +546,10 @@ def pretrain(run: Run) -> BaseModel:
 #    episode, where any goal may follow. So a code, which is held all the way, must name the goal itself: "go to 1".
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
 #    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
-#    never trains the code for 1 right after a visit to 0. There the cell that the agent stands on, and then the base's
-#    memory, speak against 1. The code works all the same, in most episodes. (At the top of this file: after 0 random
-#    codes lead to 1 in .179 of the episodes, with a base that remembers. At most a quarter of them means 1.) We do not
-#    know why the code wins.
+#    never trains the code for 1 right after a visit to 0. On the cell of 0 the base sees 0, one step later it
+#    remembers 0, and both times it avoids 1. The code works all the same, in most episodes. (At the top of this file:
+#    after 0, .179 of the random codes lead to 1, with a base that remembers. There are four colours, so about .25
+#    would do so if it knew nothing.) We do not know why the code wins.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -559,8 +562,9 @@ def kl_charge(c: Config, progress: float) -> float:
     """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `blind` .65 it is 0
     until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
     encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes.
-    (That the price rises in the blind part is a choice: so `blind` serves for both.)"""
-    return ramp(progress, c.blind / 2, c.blind)
+    (The price depends on `blind` only to save one more setting.)"""
+    full = min(c.blind, 0.65)  # with `blind` 1, too
+    return ramp(progress, full / 2, full)
 
 
 def draw_blind(run: Run, obs, progress: float):
@@ -579,12 +583,12 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
     The encoder reads a copy of the episode: all steps where it proposes, then the last observation. At the last one it
     proposes nothing, but only this observation shows the last visit. On the grid it proposes at every step, for the
     ant at fewer (`proposing_steps`); elsewhere the proposal is noise, N(0, I), and free. The lower blocks read the
-    copy blind (unless `blind` is 0). In the copy the agent seems to jump from cell to cell. Memory would see moves
-    that no expert makes."""
+    copy blind all through phase 2 (unless `blind` is 0). In the copy the agent seems to jump from cell to cell.
+    Memory would see moves that no expert makes."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid the whole copy, (B, T + 1, F)
-    residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # as at the start of phase 2: all blind
+    residual, _ = base.lower(read, draw_blind(run, read, progress=0))  # progress 0: all blind
     said = torch.cat(meta.encode(residual, last), dim=-1)
     mean, log_std = put_back(run, said, proposes).chunk(2, dim=-1)
     return mean + torch.exp(log_std) * torch.randn_like(mean), code_kl(mean, log_std)
@@ -600,7 +604,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     residual, _ = base.lower(obs, faded)
     proposal, kl = propose(run, base, meta, episodes, rng, progress)
     code, gate = meta.integrate(residual, proposal)
-    if run.config.forget:  # on the 7x7 grid
+    if run.config.forget:  # not on the small grid: memory begins anew where the gate opens
         faded = faded + forget_at(gate)
     features, _ = base.upper(meta.control(residual, code), faded)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
@@ -864,19 +868,22 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # With phase 3 the method is complete. A first reader may stop here.
 #
 # *The 7x7 grid*. There a subgoal is a pair of colours: first 0, then 1. A blind base cannot know if 0 was visited. A
-# base that remembers everything overrules the code: after 0-1 it acts as experts do. (On the small grid it seldom
-# does. We do not know why.) So the preset `laptop` begins blind, too (`blind` .36), but then the base remembers only
-# the steps after the gate opened. For this, the block below the controller is always blind (`blind_blocks`), and the
-# blocks above it forget when the gate opens (`forget`).
+# base that remembers everything overrules the code: after 0-1 it goes on to a pair that experts visit then, even if
+# the code says another. (On the small grid it seldom does. We do not know why.) So the preset `laptop` begins blind,
+# too (`blind` .36), but then the base remembers only the steps after the gate opened. For this, the blocks above the
+# controller forget when the gate opens (`forget`). The block below is always blind (`blind_blocks`): the gate reads
+# what comes out of it, so it cannot know yet whether the gate opens.
 #
 # *The ant*, a body with four legs on a floor of 4x4 cells. Only RL simulates it. Training episodes are put together
-# from recorded strides, and one step is a long stride. A simulated stride takes about ten steps, which a base with
-# memory has never seen, and it is steered badly there. So the ant's base is blind in phases 2 and 3.
-# Besides, all steps on the cell of a colour look alike, so the gate may open at each of them. In training the ant
-# leaves the cell after 1.6 steps, and this does little harm. In RL it stays for more than ten steps, and the policy
-# would have to choose a code at each. So training must punish this: once codes have a price, after half of phase 2,
-# the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the proposals
-# are noise. To adopt noise spoils the code, so the gate opens once.
+# from recorded strides: one step moves the ant by a whole stride. When it is simulated, a stride takes about ten
+# steps. A base with memory has never seen so slow a history, and is steered badly. So the ant's base is blind in
+# phases 2 and 3.
+#
+# Besides, the gate may open at each step on the cell of a colour, unless training makes it keep shut. In training the
+# ant leaves the cell after 1.6 steps, and this does little harm. In RL it stays for more than ten steps, and the
+# policy would have to choose a code at each. So training must punish this: once codes have a price, after a third of
+# phase 2, the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the
+# proposals are noise. To adopt noise spoils the code, so the gate opens once.
 #
 # (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
@@ -889,9 +896,9 @@ def forget_at(gate):
         step 6 sees 6               memory begins anew once more: step 5 is not seen again
         step 7 sees 6 and 7
 
-    Why also before step 6? At step 5 the agent stands on the colour it came for. A base that remembers this colour
-    knows what experts do next. A soft gate forgets softly: `kept` is the share of memory that passes from the step
-    before to this one. 1e-4 keeps the logarithm finite."""
+    Why once more at step 6? Step 5 shows the colour that was just reached. A base that remembers this colour knows
+    which goals experts have next, and overrules the code. A soft gate forgets softly: `kept` is the share of memory
+    that passes from the step before to this one. 1e-4 keeps the logarithm finite."""
     kept = (1 - gate) * (1 - shift_right(gate))  # (1 - beta_t) (1 - beta_t-1)
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 

@@ -802,7 +802,7 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, pr
 def test_schedule_of_discovery():
     """For the first share `blind` of phase 2 all episodes are read blind, half as long later none is any more, between
     them half of the episodes. With `blind` 1 all are; with 0, as in the paper, none ever is. The KL costs nothing for
-    half of the blind share, and its price from its end on; with `blind` 0 always."""
+    half of the blind share, and its price from its end on, at .65 at the latest; with `blind` 0 always."""
     run = make_run(blind=0.4)
     assert [ir.kl_charge(run.config, p) for p in (0, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
     share = lambda progress: (ir.draw_blind(run, torch.zeros(4000, 3, 6), progress)[:, 1:] < 0).float().mean(0)
@@ -810,6 +810,7 @@ def test_schedule_of_discovery():
     assert 0.45 < share(0.5)[0] < 0.55 and share(0.5).shape == (2,)
     run.config = replace(run.config, blind=1.0)
     assert (share(0) == 1).all() and (share(1) == 1).all()
+    assert [ir.kl_charge(run.config, p) for p in (0.325, 0.4875, 0.65)] == pytest.approx([0, 0.5, 1])
     run.config = ir.PAPER
     assert (share(0) == 0).all() and ir.kl_charge(run.config, 0) == 1
 
