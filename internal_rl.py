@@ -18,10 +18,9 @@ product is the chance:
     random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = about 1 in 10,000
 
 So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
-code is eight numbers. The codes that the model learns make the base walk to one colour each, whatever it visited
-before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the model which codes there are:
-it finds them in the trajectories of the experts. This takes three phases, in the order of this file:
-
+code is eight numbers. The codes that the model learns make the base walk to one colour each, mostly whatever it
+visited before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the model which codes
+there are: it finds them in the trajectories of the experts. This takes three phases, in the order of this file:
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
 
@@ -66,8 +65,8 @@ history or summary, R rank of a controller, M pairs of matrices that it is mixed
 
 A *subgoal* is what the expert pursues for a while: one colour, or a pair of colours on the paper's grid. The method is
 never told the true subgoals; only measurements use them. One measurement, the *check*, trains controllers of its own
-that are told the true subgoals. It shows whether a base can be steered at all. What differs from the paper is marked
-"departure" in `Config`.
+that are told the true subgoals. It shows whether a base can be steered at all. Where the method differs from the
+paper, `Config` says "departure"; README.md has the full list.
 """
 
 from __future__ import annotations
@@ -141,7 +140,7 @@ class Config:
     discover_batch: Count = 64  # episodes (paper: 512)
     discover_lr: Rate = 6e-3  # peak (paper: 1e-3)
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
-    blind: Chance = 0.65  # departure: blind (no memory) for this share of phase 2, then ever less; at 1 in RL, too
+    blind: Chance = 0.65  # departure: blind (no memory) for this share of phase 2, then ever less (1: always)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
     temperature: Rate = 0.3  # departure: when the steered base acts; training losses do not use it (paper: 1)
     steer_steps: Natural = 1000  # of the check (paper: 3200)
@@ -162,7 +161,7 @@ class Config:
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
     rl_epochs: Count = 3  # passes over a batch (paper: 1)
     rl_minibatches: Count = 4  # updates per pass (paper: 1)
-    rl_clip: Chance = 0.5  # bound of PPO's ratio, new probability of a decision to old, around 1 (PPO's usual: 0.2)
+    rl_clip: Chance = 0.5  # PPO keeps the ratio of probabilities, new to old, within 1 +- this (usual: 0.2)
     raw_lr: Rate = 1e-4  # peak of raw-action RL, which fine-tunes the base (paper: 3e-5)
 
 
@@ -178,10 +177,10 @@ class Config:
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
 # episode began at this step. Phase 2 says what this is good for. The small grid needs these two cases, full memory and
 # blind. On the 7x7 grid memory can also begin anew at one step, or become weak there. `faded` says where: it has one
-# number for each step, and never rises. A large fall from one step to the next is a wall for memory, a small fall is a
-# thin wall: in the attention, the weight that step t gives to an earlier step s is multiplied by
-# exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4 sees step 3,
-# but not steps 1 and 2: memory begins anew at step 3. In a blind episode it begins anew at every step.
+# number for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is
+# multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4
+# sees step 3, but not steps 1 and 2: memory begins anew at step 3. So a large fall of `faded` is a wall for memory, a
+# small fall a thin wall. In a blind episode memory begins anew at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -382,9 +381,9 @@ class Metacontroller(nn.Module):
         reads the residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N, counted from 0. Padding follows it. For the summary
-        a GRU reads backwards, from place `last` to place 0, for last = 2 and N = 5 places 2, 1, 0, 0, 0. The repeated
-        0s only fill the tensor. The summary is the output at index `last`, where place 0 was read for the first time;
-        what comes after is ignored."""
+        a GRU reads backwards, from place `last` to place 0. An example: for last = 2 and N = 5 it reads the places 2,
+        1, 0, 0, 0. The repeated 0s only fill the tensor. So the summary is its output at index `last` (here 2); the
+        outputs after it are ignored."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -514,7 +513,8 @@ def pretrain(run: Run) -> BaseModel:
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
 # expert better. But each nat of a proposal costs alpha, even if the gate ignores it. (At first it costs nothing:
 # `kl_charge`.) So the encoder should tell only what the base cannot know. The base finds the way to a goal by itself.
-# What it cannot know is the goal, and to name it once, when it changes, is enough.
+# What it cannot know is the goal, and to name it once, when it changes, would be enough. (The price alone does not
+# bring this about, as the end of this comment says.)
 #
 # Why does the gate open where the goal changes, and stay shut at other steps? To open the gate costs nothing. A
 # proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I).
@@ -535,7 +535,8 @@ def pretrain(run: Run) -> BaseModel:
 # earlier steps even when the base is blind. And when the base is not blind, each single residual was computed from all
 # steps so far. So it also informs the policy about the steps since the last opening.
 #
-# The price alone does not make the code name a goal. Two departures from the paper do:
+# The price alone does not make the code name a goal. To tell the next moves, or the place to go to, costs about as
+# little as to tell the colour, and it predicts the expert as well. Two departures from the paper make it the colour:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
 #    at all steps. There the offset of a colour from the agent is random, except when the agent stands on it: then it
 #    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
@@ -548,8 +549,8 @@ def pretrain(run: Run) -> BaseModel:
 #    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
 #    never trains the code for 1 right after a visit to 0. On the cell of 0 the base sees 0, one step later it
 #    remembers 0, and both times it avoids 1. The code works all the same, in most episodes. (At the top of this file:
-#    after 0, .179 of the random codes lead to 1, with a base that remembers. There are four colours, so about .25
-#    would do so if it knew nothing.) We do not know why the code wins.
+#    after 0, .179 of the random codes lead to 1. If the base ignored the past it would be .25, one of four colours. So
+#    about 7 in 10 of the codes that mean 1 win.) We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -563,7 +564,7 @@ def kl_charge(c: Config, progress: float) -> float:
     until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
     encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes.
     (The price depends on `blind` only to save one more setting.)"""
-    full = min(c.blind, 0.65)  # with `blind` 1, too
+    full = min(c.blind, 0.65)  # with `blind` 1 the full price still comes at .65
     return ramp(progress, full / 2, full)
 
 
@@ -685,8 +686,8 @@ class Decisions(NamedTuple):
     """B finished episodes of up to K decisions. In RL on raw actions these are the actions, one a step. In internal RL
     they are the codes, one for each opening of the gate."""
 
-    inputs: torch.Tensor  # (B, K, F), observations; of codes (B, K, D), residuals
-    chosen: torch.Tensor  # (B, K, ...), actions; of codes (B, K, Z)
+    inputs: torch.Tensor  # observations (B, K, F); if codes were chosen, residuals (B, K, D)
+    chosen: torch.Tensor  # actions (B, K, ...), or codes (B, K, Z)
     log_prob: torch.Tensor  # (B, K) when it was chosen
     mask: torch.Tensor  # (B, K) 1 for decisions that were made
     reward: torch.Tensor  # (B,) at the end
@@ -874,16 +875,16 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # controller forget when the gate opens (`forget`). The block below is always blind (`blind_blocks`): the gate reads
 # what comes out of it, so it cannot know yet whether the gate opens.
 #
-# *The ant*, a body with four legs on a floor of 4x4 cells. Only RL simulates it. Training episodes are put together
-# from recorded strides: one step moves the ant by a whole stride. When it is simulated, a stride takes about ten
-# steps. A base with memory has never seen so slow a history, and is steered badly. So the ant's base is blind in
-# phases 2 and 3.
+# *The ant*, a body with four legs on a floor of 4x4 cells. RL simulates it: a stride, one movement of its legs, takes
+# about ten steps. Phases 1 and 2 do not: a training episode is put together from bodies recorded while ants walked,
+# and each of its steps moves the ant by up to one and a half strides. A base with memory has never seen an ant as slow
+# as in RL, and is steered badly there. So the ant's base is blind in phases 2 and 3.
 #
-# Besides, the gate may open at each step on the cell of a colour, unless training makes it keep shut. In training the
-# ant leaves the cell after 1.6 steps, and this does little harm. In RL it stays for more than ten steps, and the
-# policy would have to choose a code at each. So training must punish this: once codes have a price, after a third of
-# phase 2, the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the
-# proposals are noise. To adopt noise spoils the code, so the gate opens once.
+# Besides, the gate may open at each step on the cell of a colour, if training does not teach it to stay shut after the
+# first. A training episode has 1.6 such steps, so that many openings cost little there. In RL there are more than ten,
+# and the policy would have to choose a code at each. So training must punish this: once codes have a price, after a
+# third of phase 2, the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other
+# steps the proposals are noise. To adopt noise spoils the code, so the gate opens once.
 #
 # (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
@@ -922,7 +923,8 @@ def take_steps(run: Run, view, proposes, lengths):
 
 
 def put_back(run: Run, said, proposes):
-    """What was said at the taken steps (B, N, 2 Z) -> at the steps of the episode (B, T, 2 Z), 0 at all others."""
+    """What was said at the taken steps (B, N, 2 Z) -> at the steps of the episode (B, T, 2 Z). It is 0 at all
+    others: mean 0 and log_std 0, so N(0, I), which is free."""
     result = said.new_zeros(*proposes.shape, said.shape[-1])
     result[run.tensor(proposes)] = torch.cat([row[:n] for row, n in zip(said, proposes.sum(axis=1))])
     return result
