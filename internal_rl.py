@@ -21,6 +21,7 @@ So RL on raw actions, which starts from the base, sees no reward and learns noth
 code is eight numbers. The codes that the model learns make the base walk to one colour each, mostly whatever it
 visited before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the model which codes
 there are: it finds them in the trajectories of the experts. This takes three phases, in the order of this file:
+
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
 
