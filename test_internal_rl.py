@@ -1443,7 +1443,8 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     "--obs_loss inf", "--kl_weight nan", "--init_scale 0", "--eval_episodes 2", "--eval_episodes 9999999999999",
     "--phase rl", "--fps 3", "--code 1", "--gif x.gif", "--by_hand", "--watch_episodes 2", "--code 4 --phase watch",
     "--code -1 --phase watch", "--fps nan --phase watch", "--watch_episodes 0 --phase watch", "--out file/below",
-    "--gif walk --phase watch", "--code 1 --by_hand --phase watch", "--seed 0,1 --phase watch",
+    "--gif walk --phase watch", "--gif no/walk.gif --phase watch", "--code 1 --by_hand --phase watch",
+    "--seed 0,1 --phase watch",
     pytest.param("--out " + "x" * 300, id="--out too long"),
 ])  # fmt: skip
 def test_impossible_values_are_refused(tmp_path, capsys, monkeypatch, flags):
