@@ -176,7 +176,7 @@ class World:
         return Episodes(*(np.concatenate(column) for column in zip(*parts))).take(slice(None)), solved / tried
 
     def _simulate_chunk(self, tasks, count: int, rng, jumps: float) -> tuple[Episodes, int]:
-        """As `simulate`. Each is cut after its last visit: where an expert then goes, no later visit shows."""
+        """As `simulate`. An episode ends with its last visit: nothing shows where the expert goes after it."""
         layout, tasks, field = solvable_layouts(self, tasks, count, rng)
         batch, alive = self.start(layout, tasks, rng), np.arange(count)
         seen, target, successes = batch.observe(), None, 0
@@ -645,7 +645,8 @@ def ant_strides(noise: float, count: int = 16_384) -> np.ndarray:
 def rotate_ant(state: np.ndarray, angle: np.ndarray) -> np.ndarray:
     """The body of states (B, 30) turned to the left by angles (B,): heading and velocity, but not the place."""
     turned = state.copy()
-    velocity = (state[:, 16] + 1j * state[:, 17]) * np.exp(1j * angle)  # turning rates: in its own frame
+    # Of the velocities only the torso's turn: its turning rates are measured in its own frame.
+    velocity = (state[:, 16] + 1j * state[:, 17]) * np.exp(1j * angle)
     turned[:, 16], turned[:, 17] = velocity.real, velocity.imag
     half = np.exp(0.5j * angle)
     one, two = (state[:, 4] + 1j * state[:, 7]) * half, (state[:, 5] + 1j * state[:, 6]) * half

@@ -35,6 +35,7 @@ there are: it finds them in the trajectories of the experts. This takes three ph
        the agent stands on colour 2. But which cells are neighbours is lost, so it sees no directions: codes become
        goals, not paths. A *gate* sees the residuals up to now and the code in force. It decides when a proposal
        replaces that code. The code becomes a matrix U_t, which acts between the blocks.
+
        whole episode, cells renumbered -> [lower blocks] -> [encoder] -> proposal z~_t
                                                                        |
        residuals e_1 ... e_t, code z_t-1 -> [gate] beta_t   1: adopt the proposal, 0: keep the code
@@ -606,7 +607,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     residual, _ = base.lower(obs, faded)
     proposal, kl = propose(run, base, meta, episodes, rng, progress)
     code, gate = meta.integrate(residual, proposal)
-    if run.config.forget:  # not on the small grid: memory begins anew where the gate opens
+    if run.config.forget:  # then memory begins anew where the gate opens
         faded = faded + forget_at(gate)
     features, _ = base.upper(meta.control(residual, code), faded)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
@@ -1776,13 +1777,13 @@ def ask(codes):
 
 
 class Viewer(CodePilot):
-    """Shows the episode that it steers: cells, task, the code in force, `|` where the gate opened. The ant is
-    shown every few steps. `frames` has an observation, the number of the code, the gate and whether it opened."""
+    """Shows every `every`-th step of the episode that it steers: cells, task, the code in force, `|` where the gate
+    opened. `frames` has an observation, the number of the code, the gate and whether it opened."""
 
     def __init__(self, run: Run, meta: Metacontroller, choose, codes, fps: float, every: int):
         super().__init__(run, 1, meta, choose)
         self.run, self.codes, self.fps, self.frames = run, codes, fps, []
-        self.every = every  # an episode is shown every so many steps
+        self.every = every
 
     def show(self, batch) -> None:
         world = self.run.world
@@ -1930,7 +1931,7 @@ NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success",
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """What the disk refuses is a one-line message."""
+    """If the file cannot be written, say so in one line."""
     try:
         yield
     except OSError as error:
@@ -2241,8 +2242,8 @@ def run_command(args, argv) -> int:
     try:
         for run in runs:
             run.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Failure(f"--out {folder}: cannot write there ({error.strerror})") from None
+    except (OSError, ValueError) as error:
+        raise Failure(f"--out {folder}: cannot write there ({getattr(error, 'strerror', error)})") from None
     if args.phase == "claims":
         others = control_runs(Path(args.runs), config)
         results = [check_claims(run, path, others) for run, path in zip(runs, paths)]
