@@ -1168,21 +1168,20 @@ def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np
 
 
 def train_labels(run: Run, base: BaseModel) -> Labels:
-    """Train ground-truth controllers on the pretraining tasks; at first on blind episodes, as in phase 2."""
+    """Train ground-truth controllers on the pretraining tasks. The base remembers what it does in phase 3."""
     c = run.config
     rng = run.seeded("steer")
     labels = Labels(c).to(run.device)
     optimiser = torch.optim.AdamW(labels.parameters(), lr=c.discover_lr, weight_decay=WEIGHT_DECAY)
     for step, episodes in zip(range(c.steer_steps), expert_batches(run, rng, c.discover_batch)):
-        progress = step / c.steer_steps
         obs, (subgoal, changed) = run.tensor(episodes.obs[:, :-1]), subgoals(run.world, episodes)
-        faded = draw_blind(run, obs, progress)
+        faded = draw_blind(run, obs, progress=1.0)  # as at the end of phase 2
         residual, _ = base.lower(obs, faded)
         if c.forget:
             faded = faded + forget_at(run.tensor(changed).float())
         features, _ = base.upper(labels.control(residual, run.tensor(np.maximum(subgoal, 0))), faded)
         loss = action_nll(run, base, features, episodes).sum(1).mean()
-        update(labels, loss / episodes.lengths.mean(), [optimiser], rate(c, progress))
+        update(labels, loss / episodes.lengths.mean(), [optimiser], rate(c, step / c.steer_steps))
         run.log(step + 1, c.steer_steps, "steps", nll=loss.item())
     return labels.requires_grad_(False)
 
@@ -1428,11 +1427,8 @@ def claim_belief(run: Run, models: dict):
 
 
 def claim_depth(run: Run, models: dict):
-    """Controllers of true subgoals steer best near the middle (Fig. 4): labels after each block, trained alike. The
-    base has its memory all the time, as in the paper."""
-    run, base = copy.copy(run), copy.copy(models["pretrain"])
-    run.config = replace(run.config, blind=0.0)
-    success = []
+    """Controllers of true subgoals steer best near the middle (Fig. 4): labels after each block, trained alike."""
+    base, success = copy.copy(models["pretrain"]), []
     for block in range(len(base.blocks) + 1):
         base.control_block = block
         success.append(measure_labels(run, train_labels(run, base), {"pretrain": base})["steer_success"])
