@@ -1035,6 +1035,17 @@ def test_distribution_of_codes():
     assert torch.allclose(code, gaussian.mean[:, 0], atol=1e-5) and code.std() > 0.1
 
 
+@pytest.mark.parametrize("blind", [0.65, 1.0])
+def test_labels_learn_on_the_memory_of_phase_3(blind):
+    """While ground-truth controllers learn, the base remembers all steps so far, or none if it is blind in RL, too."""
+    run, base, _, _ = make_players("small", blind=blind, **SHORT)
+    lower, seen = base.lower, []
+    base.lower = lambda obs, faded: seen.append((obs, faded)) or lower(obs, faded)
+    ir.train_labels(run, base)
+    assert len(seen) == SHORT["steer_steps"]
+    assert all(torch.equal(faded, ir.each_alone(obs) * (blind == 1)) for obs, faded in seen)
+
+
 def test_label_pilot_switches_with_the_subgoal():
     """Ground-truth controllers: that of the true subgoal, which changes after each visit. There its gate opens."""
     run, base, _, _ = make_players("small")
