@@ -14,8 +14,8 @@ first success by chance? We measured how often each of the six visits is right w
 (The base alone almost never makes the second. To measure its third visit, say, a script made the first two.) The
 product is the chance:
 
-    the base acts alone:                  .255 x .0017 x .0113 x .066 x .0111 x .044 = about 1 in 6,500,000,000
-    random *codes* steer the same base:   .259 x .179 x .179 x .199 x .276 x .213    = about 1 in 10,000
+    the base acts alone:                  .255 x .0022 x .0195 x .105 x .0073 x .113 = about 1 in 1,000,000,000
+    random *codes* steer the same base:   .255 x .191 x .201 x .193 x .186 x .222    = about 1 in 13,000
 
 So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
 code is eight numbers. The codes that the model learns make the base walk to one colour each, mostly whatever it
@@ -551,8 +551,8 @@ def pretrain(run: Run) -> BaseModel:
 #    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
 #    never trains the code for 1 right after a visit to 0. On the cell of 0 the base sees 0, one step later it
 #    remembers 0, and both times it avoids 1. The code works all the same, in most episodes. (At the top of this file:
-#    after 0, .179 of the random codes lead to 1. If the base ignored the past it would be .25, one of four colours. So
-#    about 7 in 10 of the codes that mean 1 win.) We do not know why.
+#    after 0, .191 of the random codes lead to 1. If the base ignored the past it would be .25, one of four colours. So
+#    about 3 in 4 of the codes that mean 1 win.) We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 
