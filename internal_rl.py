@@ -132,7 +132,7 @@ class Config:
     control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
     blind_blocks: Natural = 0  # departure: this many of the first blocks never look at earlier steps
     # phase 1: pretrain
-    pretrain_steps: Natural = 2000  # (paper: 256,000; here 6000 predict better and are steered worse)
+    pretrain_steps: Natural = 2000  # (paper: 256,000; after 6000 the base predicts better, but is harder to steer)
     pretrain_batch: Count = 128  # episodes (paper: 1024)
     pretrain_lr: Rate = 6e-3  # peak; 3 times that for embedding and head (paper: 3e-4)
     fast_optimiser: bool = True  # departure: Muon, a faster optimiser, for the blocks' matrices; rates that fall
@@ -1168,7 +1168,7 @@ def subgoals(world: envs.World, episodes: envs.Episodes) -> tuple[np.ndarray, np
 
 
 def train_labels(run: Run, base: BaseModel) -> Labels:
-    """Train ground-truth controllers on the pretraining tasks. The base remembers what it does in phase 3."""
+    """Train ground-truth controllers on the pretraining tasks. The base remembers as much as in phase 3."""
     c = run.config
     rng = run.seeded("steer")
     labels = Labels(c).to(run.device)
