@@ -1122,11 +1122,12 @@ def test_parts_of_the_claims_by_hand():
 def test_verdicts_on_control_experiments():
     """The claim about controls holds if the run itself succeeds, and all of each kind at its price fail. That about
     freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those on bases
-    that learned jointly; not if one kind is missing."""
+    that learned jointly; not if one kind is missing. Runs that were never blind are listed apart."""
     run = make_run(kl_weight=0.1)
 
-    def control(kind, success=0.0, price=0.1, recall=1.0):
-        config = {"force_open": kind == "forced", "cotrain": kind == "joint", "kl_weight": price}
+    def control(kind, success=0.0, price=0.1, recall=1.0, blind=0.65):
+        config = {"force_open": kind == "forced", "cotrain": kind == "joint", "kl_weight": price, "blind": blind}
+        config["discover_steps"] = run.config.discover_steps
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
         return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
 
@@ -1135,12 +1136,14 @@ def test_verdicts_on_control_experiments():
         (0.1, [control("forced"), control("joint")], False),
         (0.9, [control("forced"), control("joint"), control("joint", 0.5)], False),
         (0.9, [control("forced"), control("joint"), control("joint", 0.5, price=0.3)], True),
+        (0.9, [control("forced"), control("joint"), control("joint", 0.5, blind=0)], True),
         (0.9, [control("joint")], False),
     ):
         run.saved = {"rl": {"metrics": {"internal_rl_success": own}}}
         assert ir.claim_controls(run, others)[1] is expected
     for others, expected in (
         ([control("frozen"), control("frozen", recall=0.2, price=0.3), control("joint", recall=0.2)], True),
+        ([control("frozen"), control("joint", recall=0.2), control("joint", blind=0)], True),
         ([control("frozen"), control("joint"), control("forced")], False),
         ([control("frozen"), *[control("frozen", recall=0.2)] * 2, control("joint", recall=0.2)], False),
         ([control("frozen")], False),
@@ -1352,7 +1355,7 @@ def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
     found = json.loads((copied / "claims.json").read_text())["seeds"][0]["claims"]
     assert [*found][-2:] == ["controls", "rate"] and not found["controls"]["holds"]  # as this run itself fails
     counts = {name: len(runs) for name, runs in found["controls"]["numbers"].items()}
-    assert counts == {"gate forced open": 1, "co-trained": 1, "internal RL": 1}
+    assert counts == {"internal RL": 1, "gate forced open": 1, "co-trained": 1}
     assert len(found["rate"]["numbers"]["co-trained"]) == 1 and found["rate"]["numbers"]["frozen"] == []
     assert all(contents(copied)[name] == content for name, content in before.items())
     (controls / "--cotrain" / "config.json").unlink()
@@ -1558,14 +1561,16 @@ def test_numbers_of_the_readme():
 
 
 def test_claims_of_the_readme():
-    """The README has a row for each claim in results/claims.json, with its verdict. Every number with a point in the
-    row's third cell is one of that claim's numbers there, rounded."""
-    claims = json.loads(source("results/claims.json"))["seeds"][0]["claims"]
-    rows = re.findall(r"^\| `(\w+)`: [^|]*\|[^|]*\|([^|]*)\| (yes|no) \|$", source("README.md"), re.M)
-    assert [name for name, *_ in rows] == [*claims]
-    for name, ours, verdict in rows:
-        numbers = [float(found) for found in re.findall(r"[\d.]+(?:e-\d+)?", json.dumps(claims[name]["numbers"]))]
-        assert claims[name]["holds"] == (verdict == "yes")
+    """The README has a row for each claim in results/claims.json, with the seeds on which it holds. Every number with
+    a point in the row's third cell is one of that claim's numbers there, rounded: of one seed, or the median."""
+    claims = [seed["claims"] for seed in json.loads(source("results/claims.json"))["seeds"]]
+    rows = re.findall(r"^\| `(\w+)`: [^|]*\|[^|]*\|([^|]*)\| (\d) of (\d) \|$", source("README.md"), re.M)
+    assert [name for name, *_ in rows] == [*claims[0]]
+    for name, ours, holds, count in rows:
+        texts = [json.dumps(seed[name]["numbers"]) for seed in claims]
+        of_seeds = np.array([re.findall(r"[\d.]+(?:e-\d+)?", text) for text in texts], float)
+        numbers = [*of_seeds.ravel(), *np.median(of_seeds, axis=0)]
+        assert (int(holds), int(count)) == (sum(seed[name]["holds"] for seed in claims), len(claims))
         for told, digits, power in re.findall(r"(\d*\.(\d+)(e-\d+)?)", ours):
             form = f".{len(digits)}{'e' if power else 'f'}"
             assert told.lstrip("0") in {format(number, form).lstrip("0") for number in numbers}, (name, told)
