@@ -1580,17 +1580,18 @@ def claim_raw(run: Run, models: dict):
 
 
 def control_kind(c: dict) -> str:
-    """Which control experiment a run is, from its config. Without any blindness is the paper's way to train."""
+    """Which control experiment a run is, from its config. (The paper's bases are never blind.)"""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
     return kind if c["blind"] else f"{kind}, never blind"
 
 
 def claim_controls(run: Run, others: list):
     """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
-    own, ours = run.saved["rl"]["metrics"]["internal_rl_success"], asdict(run.config)
+    own, ours = run.saved["rl"]["metrics"]["internal_rl_success"], run.config
     found = {"internal RL": [own], "gate forced open": [], "co-trained": []}
     for c, m in others:
-        if "internal_rl_success" in m and all(c[name] == ours[name] for name in ("kl_weight", "discover_steps")):
+        like_ours = c["kl_weight"] == ours.kl_weight and c["discover_steps"] == ours.discover_steps
+        if "internal_rl_success" in m and like_ours:
             found.setdefault(control_kind(c), []).append(m["internal_rl_success"])
     fails = lambda name: found[name] and max(found[name]) < 0.05
     return found, own > 0.5 and bool(fails("gate forced open") and fails("co-trained"))
@@ -1603,9 +1604,9 @@ def claim_rate(run: Run, others: list):
     for c, m in others:
         if "kl_nats" in m and not c["force_open"]:
             aligned = float(min(m["switch_precision"], m["switch_recall"]) > 0.95)
-            row = [m["kl_nats"], m["steered_nats"], m["switches_per_episode"], aligned]
-            found.setdefault(control_kind(c), []).append([c["discover_steps"], c["kl_weight"], *row])
-    # Aligned share of the runs with as many steps and the same price, for each run.
+            measured = m["kl_nats"], m["steered_nats"], m["switches_per_episode"], aligned
+            found.setdefault(control_kind(c), []).append([c["discover_steps"], c["kl_weight"], *measured])
+    # For each run: of all runs with as many steps and the same price, the share that is aligned.
     shares = lambda rows: [np.mean([row[-1] for row in rows if row[:2] == one[:2]]) for one in rows]
     most = {name: max(shares(rows), default=math.nan) for name, rows in found.items()}
     return found, most["frozen"] >= 0.5 > most["co-trained"]

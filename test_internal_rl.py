@@ -1126,8 +1126,8 @@ def test_verdicts_on_control_experiments():
     run = make_run(kl_weight=0.1)
 
     def control(kind, success=0.0, price=0.1, recall=1.0, blind=0.65):
-        config = {"force_open": kind == "forced", "cotrain": kind == "joint", "kl_weight": price, "blind": blind}
-        config["discover_steps"] = run.config.discover_steps
+        settings = {"kl_weight": price, "blind": blind, "discover_steps": run.config.discover_steps}
+        config = {"force_open": kind == "forced", "cotrain": kind == "joint", **settings}
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
         return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
 
