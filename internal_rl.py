@@ -153,6 +153,7 @@ class Config:
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 6000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
+    free_codes: Chance = 0.325  # departure: codes cost nothing for this share of phase 2; from twice this on, alpha
     force_open: bool = False  # control experiment (paper: Fig. 8): the gate is 1 at every step, in phase 3, too
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
@@ -563,12 +564,10 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 
 def kl_charge(c: Config, progress: float) -> float:
-    """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `blind` .65 it is 0
-    until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
-    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes.
-    (The price depends on `blind` only to save one more setting.)"""
-    full = min(c.blind, 0.65)  # with `blind` 1 the full price still comes at .65
-    return ramp(progress, full / 2, full)
+    """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `free_codes` .325 it is
+    0 until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
+    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes."""
+    return ramp(progress, c.free_codes, 2 * c.free_codes)
 
 
 def draw_blind(run: Run, obs, progress: float):
@@ -943,8 +942,9 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0, policy_dim=256,
-    least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2, raw_lr=3e-5,
+    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, free_codes=0.0, temperature=1.0,
+    policy_dim=256, least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2,
+    raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
@@ -952,7 +952,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
+            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1, free_codes=0.18,
         ),
         "paper": PAPER,
     },
@@ -1399,7 +1399,7 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 #
 # In: the models of a finished run. Out: for each claim what we measured, and whether it holds here. The last line of
 # each function is the rule for that. The method needs none of this. The last two claims need other training: they get
-# the (config, metrics) of the runs below the folder `--runs`, not the models of this one.
+# what was found for all seeds, and the (config, metrics) of the runs below the folder `--runs`.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1580,24 +1580,24 @@ def claim_raw(run: Run, models: dict):
 
 
 def control_kind(c: dict) -> str:
-    """Which control experiment a run is, from its config. (The paper's bases are never blind.)"""
+    """Which control experiment a run is, from its config. (The paper's bases are never blind, its codes never free.)"""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
-    return kind if c["blind"] else f"{kind}, never blind"
+    return kind + ", never blind" * (not c["blind"]) + ", codes never free" * (not c["free_codes"])
 
 
-def claim_controls(run: Run, others: list):
+def claim_controls(seeds: list[dict], others: list):
     """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
-    own, ours = run.saved["rl"]["metrics"]["internal_rl_success"], run.config
-    found = {"internal RL": [own], "gate forced open": [], "co-trained": []}
+    ours, own = seeds[0]["config"], [seed["internal_rl_success"] for seed in seeds]
+    found = {"internal RL": own, "gate forced open": [], "co-trained": []}
     for c, m in others:
-        like_ours = c["kl_weight"] == ours.kl_weight and c["discover_steps"] == ours.discover_steps
+        like_ours = all(c[field] == ours[field] for field in ("kl_weight", "discover_steps"))
         if "internal_rl_success" in m and like_ours:
             found.setdefault(control_kind(c), []).append(m["internal_rl_success"])
-    fails = lambda name: found[name] and max(found[name]) < 0.05
-    return found, own > 0.5 and bool(fails("gate forced open") and fails("co-trained"))
+    fails = lambda name: bool(found[name]) and max(found[name]) < 0.05
+    return found, min(own) > 0.5 and fails("gate forced open") and fails("co-trained")
 
 
-def claim_rate(run: Run, others: list):
+def claim_rate(seeds: list[dict], others: list):
     """Freezing is essential (Fig. 7): at some price of the code most runs switch where the subgoal changes on a frozen
     base, at none on one that learned jointly. A run: [steps, price, KL, loss, openings, 1 if P and R > .95]."""
     found = {"frozen": [], "co-trained": []}
@@ -1612,11 +1612,11 @@ def claim_rate(run: Run, others: list):
     return found, most["frozen"] >= 0.5 > most["co-trained"]
 
 
-CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (run, other runs) -> numbers, whether it holds
 CLAIMS = {  # (run, models) -> numbers, whether it holds
     "belief": claim_belief, "depth": claim_depth, "gate": claim_gate, "goal": claim_goal, "explore": claim_explore,
-    "credit": claim_credit, "raw": claim_raw, **CONTROLS,
+    "credit": claim_credit, "raw": claim_raw,
 }  # fmt: skip
+CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (all seeds, other runs) -> numbers, whether it holds
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1732,17 +1732,18 @@ def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
         axis.set(yticks=range(len(numbers)), yticklabels=numbers, ylim=(-0.7, len(numbers) - 0.3))
 
 
-def draw_claims(seeds: list[dict], path: Path) -> None:
-    """A panel for each claim, with all seeds."""
-    names = [name for name in CLAIMS if all(name in claims for claims in seeds)]
-    rows = math.ceil(len(names) / 3)
+def draw_claims(seeds: list[dict], controls: dict, path: Path) -> None:
+    """A panel for each claim, with all seeds, and one for each claim on control experiments."""
+    found = {name: [seed["claims"][name] for seed in seeds] for name in CLAIMS}
+    found |= {name: [part] for name, part in controls.items()}
+    rows = math.ceil(len(found) / 3)
     figure = new_figure(figsize=(13, 3.4 * rows))
-    for place, name in enumerate(names, 1):
+    for place, (name, parts) in enumerate(found.items(), 1):
         axis = figure.add_subplot(rows, 3, place)
-        holds = sum(claims[name]["holds"] for claims in seeds)
-        axis.set_title(f"{name}: holds on {holds} of {len(seeds)} seeds", fontsize=10)
-        for claims in seeds:
-            draw_claim(axis, name, claims[name]["numbers"], labelled=claims is seeds[0])
+        holds = f"holds on {sum(part['holds'] for part in parts)} of {len(parts)} seeds"
+        axis.set_title(f"{name}: {holds if name in CLAIMS else 'holds' if parts[0]['holds'] else 'does not hold'}")
+        for part in parts:
+            draw_claim(axis, name, part["numbers"], labelled=part is parts[0])
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
 
 
@@ -2067,19 +2068,26 @@ def run_seed(run: Run, phase: str) -> dict:
 
 def control_runs(folder: Path, config: Config) -> list[tuple[dict, dict]]:
     """(config, metrics) of all runs below the folder whose other settings are those of this config."""
-    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind"  # by control experiments
+    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind", "free_codes"  # by control experiments
     ours = {name: value for name, value in asdict(config).items() if name not in changed}
     paths = sorted(folder.rglob("results.json"))
     found = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
     return [(theirs, metrics) for theirs, metrics in found if ours.items() <= theirs.items()]
 
 
-def check_claims(run: Run, path: Path, others: list) -> dict:
+def verdict(name: str, claim, *given) -> dict:
+    """Measure a claim: its numbers (plain ones, without numpy's scalars), and whether it holds."""
+    print(f"{name}: {claim.__doc__}", flush=True)
+    numbers, holds = claim(*given)
+    return json.loads(json.dumps({"holds": bool(holds), "numbers": numbers}, default=float))
+
+
+def check_claims(run: Run, path: Path) -> dict:
     """Measure the claims that `claims.json` of this run does not have yet -> seed, config and claims.
-    path: the file of the run. others: (config, metrics) of the control experiments."""
+    path: the file of the run."""
     started, quiet = time.time(), copy.copy(run)
     quiet.out = None  # the run's own metrics.csv stays as it is
-    print(f"The claims of the paper, on {path} and {len(others)} control experiments, to {run.out}", flush=True)
+    print(f"The claims of the paper, on {path}, to {run.out}", flush=True)
     models, file = {name: load_model(run, name) for name in TRAINED}, run.out / "claims.json"
     success = run.saved["rl"]["metrics"]["internal_rl_success"]  # another run has another
     result = {"seed": run.seed, "config": asdict(run.config), "internal_rl_success": success, "claims": {}}
@@ -2087,17 +2095,10 @@ def check_claims(run: Run, path: Path, others: list) -> dict:
     if {**before, "claims": {}} == result:
         result = before
     for number, (name, claim) in enumerate(CLAIMS.items(), 1):
-        print(f"{number}/{len(CLAIMS)} {name}: {claim.__doc__}", flush=True)
-        if name in CONTROLS and not others:
-            print("left out: there are no control experiments; see --runs")
-            continue
-        if name in CONTROLS or name not in result["claims"]:
-            measured, holds = claim(quiet, others if name in CONTROLS else models)
-            part = {"holds": bool(holds), "numbers": measured}
-            result["claims"][name] = json.loads(json.dumps(part, default=float))
+        if name not in result["claims"]:
+            result["claims"][name] = verdict(f"{number}/{len(CLAIMS)} {name}", claim, quiet, models)
             write_json(file, {"seeds": [result]})
-        part, minutes = result["claims"][name], (time.time() - started) / 60
-        print(f"holds: {part['holds']}; {part['numbers']}; {minutes:.1f} min", flush=True)
+        print(f"{name}: {result['claims'][name]}; {(time.time() - started) / 60:.1f} min", flush=True)
     return result
 
 
@@ -2253,11 +2254,14 @@ def run_command(args, argv) -> int:
     except (OSError, ValueError) as error:
         raise Failure(f"--out {folder}: cannot write there ({getattr(error, 'strerror', error)})") from None
     if args.phase == "claims":
-        others = control_runs(Path(args.runs), config)
-        results = [check_claims(run, path, others) for run, path in zip(runs, paths)]
-        write_json(folder / "claims.json", {"seeds": results})
+        others = control_runs(Path(args.runs), config)  # first, as they may lack something
+        seeds = [check_claims(run, path) for run, path in zip(runs, paths)]
+        print(f"{len(others)} control experiments below {args.runs}")
+        controls = {name: verdict(name, claim, seeds, others) for name, claim in CONTROLS.items() if others}
+        print(*controls.items(), sep="\n")
+        write_json(folder / "claims.json", {"seeds": seeds, "controls": controls})
         if not args.no_figures:
-            draw_claims([result["claims"] for result in results], folder / "claims.png")
+            draw_claims(seeds, controls, folder / "claims.png")
         return 0
     results = [run_seed(run, args.phase) for run in runs]
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
