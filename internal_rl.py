@@ -1580,7 +1580,7 @@ def claim_raw(run: Run, models: dict):
 
 
 def control_kind(c: dict) -> str:
-    """Which control experiment a run is, from its config. (The paper's bases are never blind, its codes never free.)"""
+    """Which control experiment a run is, from its config. (The paper's are never blind, their codes never free.)"""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
     return kind + ", never blind" * (not c["blind"]) + ", codes never free" * (not c["free_codes"])
 

@@ -1119,14 +1119,14 @@ def test_parts_of_the_claims_by_hand():
 
 
 def test_verdicts_on_control_experiments():
-    """The claim about controls holds if all seeds of the run itself succeed, and all of each kind at its price fail. That about
-    freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those on bases
-    that learned jointly; not if one kind is missing. Runs that were never blind are listed apart."""
+    """The claim about controls holds if all seeds of the run itself succeed, and all of each kind at its price fail.
+    That about freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those
+    on bases that learned jointly; not if one kind is missing. Runs that were never blind are listed apart."""
     run = make_run(kl_weight=0.1)
 
     def control(kind, success=0.0, price=0.1, recall=1.0, blind=0.65):
-        settings = {"kl_weight": price, "blind": blind, "free_codes": blind / 2, "discover_steps": run.config.discover_steps}
-        config = {"force_open": kind == "forced", "cotrain": kind == "joint", **settings}
+        config = asdict(replace(run.config, kl_weight=price, blind=blind, free_codes=blind / 2))
+        config |= {"force_open": kind == "forced", "cotrain": kind == "joint"}
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
         return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
 
