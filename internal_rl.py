@@ -1936,6 +1936,10 @@ STAGES = {
 }
 TRAINED = "pretrain", "discover", "rl"  # the stages of the method
 NORMALISED = "steer_success", "internal_rl_success", "internal_rl_mean_success", "raw_rl_success"
+TRIALS = {  # which metrics are shares, and of how many times `eval_episodes`
+    "expert_success": 1, "base_reach": 1, "steer_success": 1, "random_code_success": 4, "internal_rl_success": 4,
+    "internal_rl_mean_success": 4, "raw_rl_success": 4,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -2012,8 +2016,8 @@ def load_model(run: Run, name: str) -> nn.Module:
 
 
 def single_numbers(metrics: dict) -> dict:
-    """The metrics that are one number each: without curves and codes."""
-    return {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    """The metrics that are one number each: without curves, codes and intervals."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, (list, dict))}
 
 
 def run_stage(run: Run, name: str, models: dict) -> dict:
@@ -2058,6 +2062,8 @@ def run_seed(run: Run, phase: str) -> dict:
             metrics |= run_stage(run, name, models)
     expert = max(metrics.get("expert_success", 1.0), 1e-9)
     metrics |= {f"{key}_normalised": metrics[key] / expert for key in NORMALISED if key in metrics}
+    trials = {key: times * run.config.eval_episodes for key, times in TRIALS.items() if key in metrics}
+    metrics["intervals_95"] = {key: share_of(metrics[key] * n, n)[1:] for key, n in trials.items()}
     metrics["minutes"] = sum(value for name, value in metrics.items() if name.startswith("minutes_"))
     write_json(run.out / "results.json", metrics)
     print("--- results")
@@ -2270,7 +2276,8 @@ def run_command(args, argv) -> int:
     if not alone:
         command = "python internal_rl.py " + " ".join(sys.argv[1:] if argv is None else argv)
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
-        write_json(folder / f"{name}.json", {**summary, "seeds": [single_numbers(metrics) for metrics in results]})
+        kept = [{**single_numbers(metrics), "intervals_95": metrics["intervals_95"]} for metrics in results]
+        write_json(folder / f"{name}.json", {**summary, "seeds": kept})
     return 0
 
 

@@ -1283,7 +1283,7 @@ def test_runs_leave_what_they_promise(finished, monkeypatch):
 
 
 def test_success_is_divided_by_the_experts(copied):
-    """`..._normalised` is a success divided by the expert's."""
+    """`..._normalised` is a success divided by the expert's. Beside each success stands its interval."""
     saved = torch.load(copied / "run.pt")
     for content in saved.values():
         content["metrics"] |= {key: 0.25 for key in content["metrics"] if key in ir.NORMALISED}
@@ -1291,6 +1291,10 @@ def test_success_is_divided_by_the_experts(copied):
     torch.save(saved, copied / "run.pt")
     assert run_main(copied, "--no-figures") == 0
     assert [results(copied)[f"{key}_normalised"] for key in ir.NORMALISED] == [0.5] * 4
+    episodes, found = ir.FAST["eval_episodes"], results(copied)["intervals_95"]
+    assert {*found} == {"base_reach", "expert_success", "random_code_success", *ir.NORMALISED}
+    assert found["steer_success"] == pytest.approx(ir.share_of(0.25 * episodes, episodes)[1:])
+    assert found["internal_rl_success"] == pytest.approx(ir.share_of(episodes, 4 * episodes)[1:])
 
 
 def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
@@ -1325,7 +1329,7 @@ def test_ant_runs(tmp_path):
     """With --env ant all phases run, with finite metrics, and the picture is drawn."""
     few = "--env ant --rl_batch 8 --rl_episodes 8 --threads 1 --pretrain_steps 2 --steer_steps 2 --discover_steps 2"
     assert run_main(tmp_path, *few.split()) == 0 and (tmp_path / "picture.png").exists()
-    assert all(isinstance(x, list) or math.isfinite(x) for x in results(tmp_path).values())
+    assert all(math.isfinite(x) for x in ir.single_numbers(results(tmp_path)).values())
 
 
 def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
