@@ -1256,6 +1256,13 @@ def measure_labels(run: Run, labels: Labels, models: dict) -> dict:
     return {"steer_success": played.reward.mean().item()}
 
 
+def share_of(successes: float, count: int) -> list[float]:
+    """A share and its 95 % interval (Wilson's). After 0 successes in N trials the interval ends at 3.8 / N."""
+    p, z2 = successes / count, 1.96**2
+    middle, half = p + z2 / (2 * count), (z2 * p * (1 - p) / count + (z2 / (2 * count)) ** 2) ** 0.5
+    return [p, max(0.0, middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)]
+
+
 def share_near(marks: np.ndarray, others: np.ndarray, tolerance: int) -> float:
     """Share of `marks` (N, T) with one of `others` at most `tolerance` steps away; 0 where there are none."""
     wide = np.pad(others, ((0, 0), (tolerance, tolerance)))
@@ -1398,16 +1405,9 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 # The paper's other claims (--phase claims)
 #
 # In: the models of a finished run. Out: for each claim what we measured, and whether it holds here. The last line of
-# each function is the rule for that. The method needs none of this. The last two claims need other training: they get
-# what was found for all seeds, and the (config, metrics) of the runs below the folder `--runs`.
+# each function is the rule for that. The method needs none of this. The last two claims need other training, too: they
+# get the (config, metrics) of the finished runs and of the runs below the folder `--runs`.
 # ----------------------------------------------------------------------------------------------------
-
-
-def share_of(successes: float, count: int) -> list[float]:
-    """A share and its 95 % interval (Wilson's). After 0 successes in N trials the interval ends at 3.8 / N."""
-    p, z2 = successes / count, 1.96**2
-    middle, half = p + z2 / (2 * count), (z2 * p * (1 - p) / count + (z2 / (2 * count)) ** 2) ** 0.5
-    return [p, max(0.0, middle - half) / (1 + z2 / count), (middle + half) / (1 + z2 / count)]
 
 
 def claim_belief(run: Run, models: dict):
@@ -1579,33 +1579,35 @@ def claim_raw(run: Run, models: dict):
     return found, found["solved in training"][2] < 0.001
 
 
-def control_kind(c: dict) -> str:
-    """Which control experiment a run is, from its config. (The paper's are never blind, their codes never free.)"""
+def control_kind(c: dict, ours: Config) -> str:
+    """Which control experiment a run is, from its config. A run of the method as it is, is "frozen"."""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
-    return kind + ", never blind" * (not c["blind"]) + ", codes never free" * (not c["free_codes"])
+    changed = [f"{name} {c[name]:g}" for name in ("blind", "free_codes") if c[name] != getattr(ours, name)]
+    return ", ".join([kind, *changed])
 
 
-def claim_controls(seeds: list[dict], others: list):
+def claim_controls(ours: Config, runs: list):
     """Internal RL fails without temporal abstraction, and where base and metacontroller learned jointly (Fig. 8)."""
-    ours, own = seeds[0]["config"], [seed["internal_rl_success"] for seed in seeds]
-    found = {"internal RL": own, "gate forced open": [], "co-trained": []}
-    for c, m in others:
-        like_ours = all(c[field] == ours[field] for field in ("kl_weight", "discover_steps"))
+    found = {"frozen": [], "gate forced open": [], "co-trained": []}
+    for c, m in runs:
+        like_ours = c["kl_weight"] == ours.kl_weight and c["discover_steps"] == ours.discover_steps
         if "internal_rl_success" in m and like_ours:
-            found.setdefault(control_kind(c), []).append(m["internal_rl_success"])
+            found.setdefault(control_kind(c, ours), []).append(m["internal_rl_success"])
     fails = lambda name: bool(found[name]) and max(found[name]) < 0.05
-    return found, min(own) > 0.5 and fails("gate forced open") and fails("co-trained")
+    works = bool(found["frozen"]) and min(found["frozen"]) > 0.5
+    return found, works and fails("gate forced open") and fails("co-trained")
 
 
-def claim_rate(seeds: list[dict], others: list):
+def claim_rate(ours: Config, runs: list):
     """Freezing is essential (Fig. 7): at some price of the code most runs switch where the subgoal changes on a frozen
     base, at none on one that learned jointly. A run: [steps, price, KL, loss, openings, 1 if P and R > .95]."""
     found = {"frozen": [], "co-trained": []}
-    for c, m in others:
+    for c, m in runs:
         if "kl_nats" in m and not c["force_open"]:
             aligned = float(min(m["switch_precision"], m["switch_recall"]) > 0.95)
             measured = m["kl_nats"], m["steered_nats"], m["switches_per_episode"], aligned
-            found.setdefault(control_kind(c), []).append([c["discover_steps"], c["kl_weight"], *measured])
+            kind = found.setdefault(control_kind(c, ours), [])
+            kind.append([c["discover_steps"], c["kl_weight"], *measured])
     # For each run: of all runs with as many steps and the same price, the share that is aligned.
     shares = lambda rows: [np.mean([row[-1] for row in rows if row[:2] == one[:2]]) for one in rows]
     most = {name: max(shares(rows), default=math.nan) for name, rows in found.items()}
@@ -1616,7 +1618,7 @@ CLAIMS = {  # (run, models) -> numbers, whether it holds
     "belief": claim_belief, "depth": claim_depth, "gate": claim_gate, "goal": claim_goal, "explore": claim_explore,
     "credit": claim_credit, "raw": claim_raw,
 }  # fmt: skip
-CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (all seeds, other runs) -> numbers, whether it holds
+CONTROLS = {"controls": claim_controls, "rate": claim_rate}  # (config, all runs) -> numbers, whether it holds
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1708,7 +1710,7 @@ LINES = {"belief": "after block", "depth": "after block", "explore": "visit"}  #
 
 
 def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
-    """The numbers of one seed. Marks and lines differ, so that it can be read in grey."""
+    """The numbers of one seed, or of all control experiments; marks and lines differ, to be read in grey."""
     for row, (label, value) in enumerate(numbers.items()):
         style, label = ("ko-", "ks--", "k^:", "kD-.", "kv-")[row % 5], label if labelled else None
         if name == "explore":
@@ -1723,13 +1725,16 @@ def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
             axis.set_xlim(1e-9, 1e3)  # with room for the legend
         else:  # a row for each number, with its interval
             axis.plot(value, np.full(np.size(value), row), "ko-")
+            axis.text(0.02, row + 0.25, label or "", fontsize=8, transform=axis.get_yaxis_transform())
     if name in ("credit", "rate"):
         axis.set_xscale("log")
     if name in LINES or name == "rate":
         axis.set_xlabel(LINES.get(name, "KL; above: loss; filled: aligned"))
-        axis.legend(fontsize=7, loc="lower left" if name == "rate" else "best")
+        axis.legend(fontsize=7, loc="center left" if name == "rate" else "best")
+        if name in LINES:
+            axis.xaxis.get_major_locator().set_params(integer=True)
     else:
-        axis.set(yticks=range(len(numbers)), yticklabels=numbers, ylim=(-0.7, len(numbers) - 0.3))
+        axis.set(yticks=[], ylim=(-0.5, len(numbers)))
 
 
 def draw_claims(seeds: list[dict], controls: dict, path: Path) -> None:
@@ -1741,7 +1746,8 @@ def draw_claims(seeds: list[dict], controls: dict, path: Path) -> None:
     for place, (name, parts) in enumerate(found.items(), 1):
         axis = figure.add_subplot(rows, 3, place)
         holds = f"holds on {sum(part['holds'] for part in parts)} of {len(parts)} seeds"
-        axis.set_title(f"{name}: {holds if name in CLAIMS else 'holds' if parts[0]['holds'] else 'does not hold'}")
+        of_one = "holds" if parts[0]["holds"] else "does not hold"
+        axis.set_title(f"{name}: {holds if name in CLAIMS else of_one}", fontsize=10)
         for part in parts:
             draw_claim(axis, name, part["numbers"], labelled=part is parts[0])
     write_whole(path, lambda file: figure.savefig(file, dpi=110))
@@ -2072,13 +2078,14 @@ def run_seed(run: Run, phase: str) -> dict:
     return metrics
 
 
-def control_runs(folder: Path, config: Config) -> list[tuple[dict, dict]]:
-    """(config, metrics) of all runs below the folder whose other settings are those of this config."""
+def control_runs(folder: Path, config: Config, own=()) -> list[tuple[dict, dict]]:
+    """(config, metrics) of all runs below the folder whose other settings are those of this config; own: the folders
+    of the finished runs, which are no control experiments."""
     changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind", "free_codes"  # by control experiments
     ours = {name: value for name, value in asdict(config).items() if name not in changed}
-    paths = sorted(folder.rglob("results.json"))
+    paths = [path for path in sorted(folder.rglob("results.json")) if path.parent not in own]
     found = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
-    return [(theirs, metrics) for theirs, metrics in found if ours.items() <= theirs.items()]
+    return [one for one in found if ours.items() <= one[0].items() and {*changed} <= {*one[0]}]
 
 
 def verdict(name: str, claim, *given) -> dict:
@@ -2260,10 +2267,12 @@ def run_command(args, argv) -> int:
     except (OSError, ValueError) as error:
         raise Failure(f"--out {folder}: cannot write there ({getattr(error, 'strerror', error)})") from None
     if args.phase == "claims":
-        others = control_runs(Path(args.runs), config)  # first, as they may lack something
+        others = control_runs(Path(args.runs), config, [run.out for run in runs])  # first: they may lack something
         seeds = [check_claims(run, path) for run, path in zip(runs, paths)]
         print(f"{len(others)} control experiments below {args.runs}")
-        controls = {name: verdict(name, claim, seeds, others) for name, claim in CONTROLS.items() if others}
+        all_runs = [(asdict(config), run.saved["discover"]["metrics"] | run.saved["rl"]["metrics"]) for run in runs]
+        all_runs += others
+        controls = {name: verdict(name, claim, config, all_runs) for name, claim in CONTROLS.items() if others}
         print(*controls.items(), sep="\n")
         write_json(folder / "claims.json", {"seeds": seeds, "controls": controls})
         if not args.no_figures:

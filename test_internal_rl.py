@@ -1121,10 +1121,10 @@ def test_parts_of_the_claims_by_hand():
 def test_verdicts_on_control_experiments():
     """The claim about controls holds if all seeds of the run itself succeed, and all of each kind at its price fail.
     That about freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those
-    on bases that learned jointly; not if one kind is missing. Runs that were never blind are listed apart."""
+    on bases that learned jointly; not if one kind is missing. Runs with another `blind` are listed apart."""
     run = make_run(kl_weight=0.1)
 
-    def control(kind, success=0.0, price=0.1, recall=1.0, blind=0.65):
+    def control(kind="frozen", success=0.0, price=0.1, recall=1.0, blind=0.65):
         config = asdict(replace(run.config, kl_weight=price, blind=blind, free_codes=blind / 2))
         config |= {"force_open": kind == "forced", "cotrain": kind == "joint"}
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
@@ -1138,8 +1138,8 @@ def test_verdicts_on_control_experiments():
         (0.9, [control("forced"), control("joint"), control("joint", 0.5, blind=0)], True),
         (0.9, [control("joint")], False),
     ):
-        seeds = [{"config": asdict(run.config), "internal_rl_success": success} for success in (own, 0.9)]
-        assert ir.claim_controls(seeds, others)[1] is expected
+        runs = [control(success=own), control(success=0.9), *others]
+        assert ir.claim_controls(run.config, runs)[1] is expected
     for others, expected in (
         ([control("frozen"), control("frozen", recall=0.2, price=0.3), control("joint", recall=0.2)], True),
         ([control("frozen"), control("joint", recall=0.2), control("joint", blind=0)], True),
@@ -1147,7 +1147,7 @@ def test_verdicts_on_control_experiments():
         ([control("frozen"), *[control("frozen", recall=0.2)] * 2, control("joint", recall=0.2)], False),
         ([control("frozen")], False),
     ):
-        assert bool(ir.claim_rate([], others)[1]) is expected
+        assert bool(ir.claim_rate(run.config, others)[1]) is expected
 
 
 def test_gradient_signal():
@@ -1358,8 +1358,8 @@ def test_claims_of_a_finished_run(copied, tmp_path, capsys, monkeypatch):
     found = json.loads((copied / "claims.json").read_text())["controls"]
     assert [*found] == ["controls", "rate"] and not found["controls"]["holds"]  # as this run itself fails
     counts = {name: len(runs) for name, runs in found["controls"]["numbers"].items()}
-    assert counts == {"internal RL": 1, "gate forced open": 1, "co-trained": 1}
-    assert len(found["rate"]["numbers"]["co-trained"]) == 1 and found["rate"]["numbers"]["frozen"] == []
+    assert counts == {"frozen": 1, "gate forced open": 1, "co-trained": 1}
+    assert {name: len(runs) for name, runs in found["rate"]["numbers"].items()} == {"frozen": 1, "co-trained": 1}
     assert all(contents(copied)[name] == content for name, content in before.items())
     (controls / "--cotrain" / "config.json").unlink()
     assert run_main(copied, *claims, str(controls)) == 2 and "config.json" in one_line(capsys)
@@ -1563,24 +1563,44 @@ def test_numbers_of_the_readme():
         assert f" {shown(confirmed, key)}," in source("README.md")
 
 
+def saved_claims(name: str) -> dict:
+    """{claim: what was found, for each seed (of all seeds together: where it needs other training)}."""
+    saved = json.loads(source(f"results/{name}.json"))
+    found = {name: [seed["claims"][name] for seed in saved["seeds"] if name in seed["claims"]] for name in ir.CLAIMS}
+    return found | {name: [part] for name, part in saved["controls"].items()}
+
+
+def check_numbers(told: str, parts: list[dict]) -> None:
+    """Every number with a point that is told is one of those found, rounded: of one seed, or the median."""
+    of_seeds = [re.findall(r"[\d.]+(?:e-\d+)?", json.dumps(part["numbers"])) for part in parts]
+    numbers = [float(number) for seed in of_seeds for number in seed]
+    if len({len(seed) for seed in of_seeds}) == 1:
+        numbers += np.median(np.array(of_seeds, float), axis=0).tolist()
+    for number, digits, power in re.findall(r"(\d*\.(\d+)(e-\d+)?)", told):
+        form = f".{len(digits)}{'e' if power else 'f'}"
+        assert number.lstrip("0") in {format(one, form).lstrip("0") for one in numbers}, (told, number)
+
+
 def test_claims_of_the_readme():
-    """The README has a row for each claim in results/claims.json, with the seeds on which it holds. Every number with
-    a point in the row's third cell is one of that claim's numbers there, rounded: of one seed, or the median."""
-    saved = json.loads(source("results/claims.json"))
-    found = {name: [seed["claims"][name] for seed in saved["seeds"]] for name in ir.CLAIMS}
-    found |= {name: [part] for name, part in saved["controls"].items()}
+    """The README has a row for each claim in results/claims.json, with the seeds on which it holds. The numbers in the
+    row's third cell are those found. A second table has seed 0 of the 7x7 grid and of the ant, with the verdicts."""
+    found = saved_claims("claims")
     rows = re.findall(r"^\| `(\w+)`: [^|]*\|[^|]*\|([^|]*)\| (\d of \d|yes|no) \|$", source("README.md"), re.M)
     assert [name for name, *_ in rows] == [*found]
     for name, ours, holds in rows:
-        of_seeds = [re.findall(r"[\d.]+(?:e-\d+)?", json.dumps(part["numbers"])) for part in found[name]]
-        of_seeds = np.array(of_seeds, float)
-        numbers = [*of_seeds.ravel(), *np.median(of_seeds, axis=0)]
+        check_numbers(ours, found[name])
         verdicts = [part["holds"] for part in found[name]]
         of_one = "yes" if verdicts[0] else "no"
         assert holds == (of_one if name in ir.CONTROLS else f"{sum(verdicts)} of {len(verdicts)}"), name
-        for told, digits, power in re.findall(r"(\d*\.(\d+)(e-\d+)?)", ours):
-            form = f".{len(digits)}{'e' if power else 'f'}"
-            assert told.lstrip("0") in {format(number, form).lstrip("0") for number in numbers}, (name, told)
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \|$", source("README.md"), re.M)
+    assert [name for name, *_ in rows] == [*found]
+    for name, *cells in rows:
+        for cell, other in zip(cells, ("claims-laptop", "claims-ant")):
+            if parts := saved_claims(other).get(name):
+                assert cell.startswith("holds" if parts[0]["holds"] else "does not hold")
+                check_numbers(cell, parts)
+            else:
+                assert cell == "not measured"
 
 
 @pytest.mark.parametrize("env, preset", [("grid", "classroom"), ("grid", "laptop"), ("ant", "classroom")])
