@@ -565,8 +565,9 @@ def ramp(progress: float, start: float, end: float) -> float:
 
 def kl_charge(c: Config, progress: float) -> float:
     """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `free_codes` .325 it is
-    0 until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. If the
-    encoder had to pay the full price then, it would fall silent, and the controller would never learn to use codes."""
+    0 until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. An
+    encoder that must pay then may fall silent before the controller has learned to use codes. (On the small grid this
+    happens only if the base is never blind.)"""
     return ramp(progress, c.free_codes, 2 * c.free_codes)
 
 
