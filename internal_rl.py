@@ -1716,26 +1716,26 @@ def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
         style, label = ("ko-", "ks--", "k^:", "kD-.", "kv-")[row % 5], label if labelled else None
         if name == "explore":
             axis.semilogy(range(1, len(value["by visit"]) + 1), value["by visit"], style, label=label)
-            axis.set_ylim(1e-6, 1e3)  # with room for the legend
         elif name in LINES:
             axis.plot(value, style, label=label)
         elif name == "rate":
             for _, _, kl, nats, _, aligned in value:
                 axis.plot(kl, nats, style[:2], fillstyle="full" if aligned else "none")
             axis.plot([], [], style[:2], label=label)
-            axis.set_xlim(1e-9, 1e3)  # with room for the legend
         else:  # a row for each number, with its interval
             axis.plot(value, np.full(np.size(value), row), "ko-")
             axis.text(0.02, row + 0.25, label or "", fontsize=8, transform=axis.get_yaxis_transform())
-    if name in ("credit", "rate"):
-        axis.set_xscale("log")
-    if name in LINES or name == "rate":
-        axis.set_xlabel(LINES.get(name, "KL; above: loss; filled: aligned"))
-        axis.legend(fontsize=7, loc="center left" if name == "rate" else "best")
-        if name in LINES:
-            axis.xaxis.get_major_locator().set_params(integer=True)
+    if name == "explore":
+        axis.set_ylim(1e-6, 1e3)  # with room for the legend
+    if name in LINES:
+        axis.set_xlabel(LINES[name])
+        axis.legend(fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    elif name == "rate":
+        axis.set(xscale="log", xlim=(1e-9, 1e3), xlabel="KL; above: loss; filled: aligned")  # with room for the legend
+        axis.legend(fontsize=7, loc="center left")
     else:
-        axis.set(yticks=[], ylim=(-0.5, len(numbers)))
+        axis.set(yticks=[], ylim=(-0.5, len(numbers)), xscale="log" if name == "credit" else "linear")
 
 
 def draw_claims(seeds: list[dict], controls: dict, path: Path) -> None:
@@ -2271,9 +2271,8 @@ def run_command(args, argv) -> int:
         others = control_runs(Path(args.runs), config, [run.out for run in runs])  # first: they may lack something
         seeds = [check_claims(run, path) for run, path in zip(runs, paths)]
         print(f"{len(others)} control experiments below {args.runs}")
-        all_runs = [(asdict(config), run.saved["discover"]["metrics"] | run.saved["rl"]["metrics"]) for run in runs]
-        all_runs += others
-        controls = {name: verdict(name, claim, config, all_runs) for name, claim in CONTROLS.items() if others}
+        own = [(asdict(config), run.saved["discover"]["metrics"] | run.saved["rl"]["metrics"]) for run in runs]
+        controls = {name: verdict(name, claim, config, own + others) for name, claim in CONTROLS.items() if others}
         print(*controls.items(), sep="\n")
         write_json(folder / "claims.json", {"seeds": seeds, "controls": controls})
         if not args.no_figures:
