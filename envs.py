@@ -7,7 +7,7 @@ the ant. `internal_rl.py` sees them through one door, the members of `World` and
     world.episodes(count, rng)      expert trajectories to learn from, `Episodes`
     world.held_out(count)           clean ones that are never learned from
     world.shuffled(obs, rng)        * what the encoder reads instead of the trajectory itself (`World`'s needs cells)
-    world.is_entry(obs)             * at which steps the encoder may propose, once codes have a price
+    world.is_entry(obs)             * at which steps the encoder may propose
     world.expert_success(count)     in the RL task
     world.batch(count, rng)         episodes of the RL task, to act in: * observe, * step, subgoal, select
     world.scattered(count, rng)     the same, on one layout from everywhere

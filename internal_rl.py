@@ -76,6 +76,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import inspect
 import io
@@ -153,7 +154,7 @@ class Config:
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 6000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
-    free_codes: Chance = 0.325  # departure: codes cost nothing for this share of phase 2; from twice this on, alpha
+    free_codes: Chance = 0.0  # departure: codes cost nothing for this share of phase 2; from twice this on, alpha
     force_open: bool = False  # control experiment (paper: Fig. 8): the gate is 1 at every step, in phase 3, too
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
@@ -178,12 +179,11 @@ class Config:
 # controller will later act on that vector after block 1 of 3. Block 1 is the lower part, blocks 2 and 3 are the upper.
 #
 # A *blind* episode is read without memory: each of its steps looks at itself alone. The model then acts as if the
-# episode began at this step. Phase 2 says what this is good for. The small grid needs these two cases, full memory and
-# blind. On the 7x7 grid memory can also begin anew at one step, or become weak there. `faded` says where: it has one
-# number for each step, and never rises. In the attention, the weight that step t gives to an earlier step s is
-# multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With faded = 0, 0, -99, -99, step 4
-# sees step 3, but not steps 1 and 2: memory begins anew at step 3. So a large fall of `faded` is a wall for memory, a
-# small fall a thin wall. In a blind episode memory begins anew at every step.
+# episode began at this step. Phase 2 says what this is good for. On the 7x7 grid memory can also begin anew at some
+# steps. `faded` says where: it has one number for each step, and never rises. In the attention, the weight that step t
+# gives to an earlier step s is multiplied by exp(faded_t - faded_s); then all weights are divided by their sum. With
+# faded = 0, 0, -99, -99, step 4 sees step 3, but not steps 1 and 2: memory begins anew at step 3. In a blind episode
+# it begins anew at every step.
 #
 # Each block can read a whole episode at once (T > 1), or one step at a time (T = 1). Then `past` carries along what
 # the earlier steps left behind; it is empty where an episode starts.
@@ -384,9 +384,8 @@ class Metacontroller(nn.Module):
         reads the residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N, counted from 0. Padding follows it. For the summary
-        a GRU reads backwards, from place `last` to place 0. An example: for last = 2 and N = 5 it reads the places 2,
-        1, 0, 0, 0. The repeated 0s only fill the tensor. So the summary is its output at index `last` (here 2); the
-        outputs after it are ignored."""
+        a GRU reads backwards, from place `last` to place 0, then place 0 again to fill the tensor. So its output at
+        index `last` is the summary; the outputs after it are ignored."""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -465,8 +464,8 @@ def code_kl(mean, log_std):
 # there. Why? An expert takes shortest paths. A base that has seen nothing else knows little of what to do away from
 # them, and a controller may lead it anywhere. Jumps show it what experts do on all free cells, whatever came before. A
 # jump never leads onto a colour, so it is no visit, and the visits of an episode stay those of its task. (No jump
-# follows a visit, as the base should see how experts leave a colour. Phase 2 has the same trajectories, RL has no
-# jumps.)
+# follows a visit, as the base should see how experts leave a colour. Phase 2's trajectories have jumps, too; RL has
+# none.)
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -514,18 +513,15 @@ def pretrain(run: Run) -> BaseModel:
 # In: the frozen base and fresh trajectories of the same experts. Out: a metacontroller.
 #
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
-# expert better. But each nat of a proposal costs alpha, even if the gate ignores it. (At first it costs nothing:
-# `kl_charge`.) So the encoder should tell only what the base cannot know. The base finds the way to a goal by itself.
-# What it cannot know is the goal, and to name it once, when it changes, would be enough. (The price alone does not
-# bring this about, as the end of this comment says.)
+# expert better. But each nat of a proposal costs alpha, even if the gate ignores it. So the encoder should tell only
+# what the base cannot know. The base finds the way to a goal by itself. What it cannot know is the goal, and it is
+# enough to name it once, when it changes.
 #
-# Why does the gate open where the goal changes, and stay shut at other steps? To open the gate costs nothing. A
-# proposal costs, used or not. So the encoder is silent at nearly all steps: there it proposes pure noise, N(0, I).
-# Noise costs nothing. If the gate adopts noise, the code in force is lost, and the base predicts worse. So the gate
-# learns to stay shut at these steps. It opens where a proposal says something: at the step at which the agent stands
-# on a colour, as the next move already depends on the new goal. The gate sees in the residual that it is such a step.
-# (This is the paper's reason. On the small grid it cannot be the only one: with `--kl_weight 0` the gate opens at the
-# same steps. We do not know why.)
+# Why does the gate open where the goal changes, and stay shut at other steps? Where there is nothing new to tell, the
+# encoder proposes pure noise, N(0, I), which is free. To adopt noise would destroy the code in force, so the gate
+# learns to stay shut there. It opens at the step at which the agent stands on a colour, as the next move already
+# depends on the new goal. It sees in the residual that it is such a step. (This is the paper's reason. On the small
+# grid it cannot be the only one: with `--kl_weight 0` the gate opens at the same steps. We do not know why.)
 #
 # Who sees what:
 #                         the base               the gate           the encoder               the policy
@@ -534,61 +530,42 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, end        all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
-# Gate, encoder and policy read residuals of the lower blocks with GRUs that are no part of the base. So they remember
-# earlier steps even when the base is blind. And when the base is not blind, each single residual was computed from all
-# steps so far. So it also informs the policy about the steps since the last opening.
+# Gate, encoder and policy read the residuals with GRUs of their own, so they remember even when the base is blind.
 #
-# The price alone does not make the code name a goal. To tell the next moves, or the place to go to, costs about as
-# little as to tell the colour, and it predicts the expert as well. Two departures from the paper make it the colour:
+# To tell the next moves, or the place to go to, costs about as little as to tell the colour, and predicts the expert
+# as well. Two departures from the paper make codes name the colour:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
-#    at all steps. There the offset of a colour from the agent is random, except when the agent stands on it: then it
-#    is 0, as before. So the copy shows which colour is visited when, but no directions and no places.
-#    (On the small grid codes name the colour without the copy, too, but say more than that, and RL ends lower.)
-# 2. At first the base is blind. Suppose that it remembered. It knows that experts go from 0 to 2 or 3, and from 3 to
-#    1 or 2. Then a code could mean "the lower of the two numbers": 2 after 0, but 1 after 3. No code would lead from 0
-#    to 1, and RL needs that. A blind base knows what was visited only while the agent stands on it. At the step on 0
-#    it avoids 1, like any base. From the next step on it has forgotten 0: that step looks like the first of an
-#    episode, where any goal may follow. So a code, which is held all the way, must name the goal itself: "go to 1".
-#    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so the
-#    controllers must learn to steer a base that remembers. Phase 2 trains this only on the orders that experts use. It
-#    never trains the code for 1 right after a visit to 0. On the cell of 0 the base sees 0, one step later it
-#    remembers 0, and both times it avoids 1. The code works all the same, in most episodes. (At the top of this file:
-#    after 0, .191 of the random codes lead to 1. If the base ignored the past it would be .25, one of four colours. So
-#    about 3 in 4 of the codes that mean 1 win.) We do not know why.
+#    at all steps. The copy shows when the agent stands on which colour, but no directions and no places. (On the small
+#    grid codes name the colour without the copy, too, but say more than that, and RL ends lower.)
+# 2. At first the base is blind. With memory it would know that experts go from 0 to 2 or 3, and from 3 to 1 or 2. Then
+#    one code could mean "the lower of the two": 2 after 0, but 1 after 3. No code would lead from 0 to 1, and RL needs
+#    that. A blind base has forgotten the visit to 0 one step later. From then on any goal may follow, so the code must
+#    name the goal itself: "go to 1".
+#    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
+#    must learn to steer such a base. Codes keep their meaning; we think because training changes codes that work only
+#    little by little. Phase 2 never trains the code for 1 right after 0, where a base with memory avoids 1. It works
+#    all the same in about 3 of 4 cases: .191 of the random codes lead from 0 to 1 (see the top of this file), of the
+#    .25 that would if the base ignored the past. We do not know why.
 # ----------------------------------------------------------------------------------------------------
-
-
-def ramp(progress: float, start: float, end: float) -> float:
-    """0 until `start`, then rising to 1 at `end`."""
-    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))
-
-
-def kl_charge(c: Config, progress: float) -> float:
-    """How much of the KL is charged, 0 to 1, when a share `progress` of phase 2 is done. With `free_codes` .325 it is
-    0 until .325, then it rises, and is 1 from .65 on. At first the controller is zero, so a code has no effect. An
-    encoder that must pay then may fall silent before the controller has learned to use codes. (On the small grid this
-    happens only if the base is never blind.)"""
-    return ramp(progress, c.free_codes, 2 * c.free_codes)
 
 
 def draw_blind(run: Run, obs, progress: float):
     """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all episodes
     are blind until progress .65, then ever fewer, and none from 1.5 x .65 = .975 on. (A slower fall was worse.)"""
-    share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
-    if not share:
+    until = run.config.blind
+    if progress >= 1.5 * until:
         return torch.zeros(obs.shape[:2], device=run.device)
-    blind = torch.rand(len(obs), device=run.device) < share
+    blind = torch.rand(len(obs), device=run.device) < 3 - 2 * progress / until  # above 1 at first, 0 at 1.5 x until
     return torch.where(blind[:, None], each_alone(obs), 0.0)
 
 
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    The encoder reads a copy of the episode: all steps where it proposes, then the last observation. At the last one it
-    proposes nothing, but only this observation shows the last visit. On the grid it proposes at every step, for the
-    ant at fewer (`proposing_steps`); elsewhere the proposal is noise, N(0, I), and free. The lower blocks read the
-    copy blind all through phase 2 (unless `blind` is 0). In the copy the agent seems to jump from cell to cell.
-    Memory would see moves that no expert makes."""
+    It proposes at every step; for the ant at fewer (`proposing_steps`). Elsewhere the proposal is noise, and free.
+    It reads these steps in a copy of the episode, then the last observation, which shows the last visit. The lower
+    blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy the agent seems to jump at every
+    step, and the base has learned nothing from such a past."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid the whole copy, (B, T + 1, F)
@@ -601,8 +578,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress: float):
     """sum_t -ln p(a_t | o_1:t, z_1:t) + alpha KL_t, mean over episodes, nats -> (loss, stats). Eq. 3.
 
-    progress (0 to 1): the share of phase 2 that is done. The base is frozen (without `cotrain`), but gradients flow
-    through its upper blocks to the controller, the gate and the encoder."""
+    progress (0 to 1): the share of phase 2 that is done. The base is frozen (without `cotrain`). Gradients of the
+    action loss flow back through its upper blocks to the controller, and from there to decoder, gate and encoder."""
     obs, mask = run.tensor(episodes.obs[:, :-1]), run.tensor(episodes.mask)
     faded = draw_blind(run, obs, progress)
     residual, _ = base.lower(obs, faded)
@@ -613,8 +590,8 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     features, _ = base.upper(meta.control(residual, code), faded)
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()  # of every proposal, adopted or not
-    loss = nll + kl_charge(run.config, progress) * run.config.kl_weight * kl
-    return loss, {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item()}
+    stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item()}
+    return nll + price(run.config, progress) * kl, stats
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -883,11 +860,12 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # and each of its steps moves the ant by up to one and a half strides. A base with memory has never seen an ant as slow
 # as in RL, and is steered badly there. So the ant's base is blind in phases 2 and 3.
 #
-# Besides, the gate may open at each step on the cell of a colour, if training does not teach it to stay shut after the
-# first. A training episode has 1.6 such steps, so that many openings cost little there. In RL there are more than ten,
-# and the policy would have to choose a code at each. So training must punish this: once codes have a price, after a
-# third of phase 2, the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other
-# steps the proposals are noise. To adopt noise spoils the code, so the gate opens once.
+# Besides, its gate is helped by hand. In training an ant makes 1.6 steps on the cell of a colour, in RL more than ten.
+# If the gate opened at all of them, training would hardly notice, but the policy would have to choose a code at each.
+# So the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the
+# proposals are noise. To adopt noise spoils the code, so the gate opens once.
+# If this begins at once, some gates learn to stay shut where two colours are neighbours. So for the first third of
+# phase 2 the encoder proposes at all steps. Codes cost nothing then; otherwise there would be none yet.
 #
 # (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
@@ -907,10 +885,17 @@ def forget_at(gate):
     return torch.log(1e-4 + (1 - 1e-4) * kept).cumsum(dim=1)
 
 
+def price(c: Config, progress: float) -> float:
+    """What a nat of a proposal costs when a share `progress` of phase 2 is done: alpha. For the ant, with `free_codes`
+    .325, it is 0 until .325, then it rises, and is alpha from .65 on."""
+    free, full = c.free_codes, 2 * c.free_codes
+    return c.kl_weight * (1.0 if progress >= full else max(0.0, (progress - free) / (full - free)))
+
+
 def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
     """Where the encoder proposes, (B, T): at every step as long as codes are free, then at entries. On the grid every
     step is an entry."""
-    if kl_charge(run.config, progress) == 0:
+    if price(run.config, progress) == 0:
         return episodes.mask
     return episodes.mask & run.world.is_entry(episodes.obs)[:, :-1]
 
@@ -943,7 +928,7 @@ PAPER = replace(
     CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, free_codes=0.0, temperature=1.0,
+    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0,
     policy_dim=256, least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2,
     raw_lr=3e-5,
 )  # fmt: skip
@@ -953,7 +938,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1, free_codes=0.18,
+            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
         ),
         "paper": PAPER,
     },
@@ -961,7 +946,7 @@ PRESETS = {
         "classroom": replace(
             CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3,
-            blind=1.0, kl_weight=2.0, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
+            blind=1.0, kl_weight=2.0, free_codes=0.325, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
         ),
         "paper": replace(
             PAPER, world="ant-simulated", layers=8, control_block=4, rank=256, obs_loss=10.0,
@@ -1238,7 +1223,7 @@ def raw_rl(run: Run, base: BaseModel, temperature: float = 1.0) -> BaseModel:
 @torch.no_grad()
 def measure_base(run: Run, base: BaseModel, models: dict) -> dict:
     """How far the base is from the best possible predictor, whether it gets anywhere alone, how good the expert is."""
-    episodes, total, count = run.held_out(), 0.0, run.config.eval_episodes
+    episodes, total, count = run.held_out, 0.0, run.config.eval_episodes
     for part in episodes.chunks():
         total += action_nll(run, base, base(run.tensor(part.obs[:, :-1])), part).sum().item()
     floor, loss = run.world.floor(episodes), total / count
@@ -1282,8 +1267,8 @@ def encode(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episo
         residual, _ = base.lower(obs, faded)
         proposal, kl = propose(run, base, meta, part, rng)
         code, gate = meta.integrate(residual, proposal, meta.threshold)
-        if run.config.forget:
-            faded = forget_at((gate > meta.threshold).float()) + (0 if faded is None else faded)
+        if run.config.forget and faded is None:  # a blind base has nothing to forget
+            faded = forget_at((gate > meta.threshold).float())
         features, _ = base.upper(meta.control(residual, code), faded)
         found.append((code, gate, kl, action_nll(run, base, features, part)))
     return [torch.cat(column) for column in zip(*found)]
@@ -1331,7 +1316,7 @@ def measure_random_codes(run: Run, base: BaseModel, meta: Metacontroller, rng) -
 
 def measure_codes(run: Run, meta: Metacontroller, models: dict) -> dict:
     """When the gate opens, what the codes mean there, and what random codes achieve."""
-    base, rng, episodes = models["pretrain"], run.seeded("evaluate"), run.held_out()
+    base, rng, episodes = models["pretrain"], run.seeded("evaluate"), run.held_out
     subgoal, changed = subgoals(run.world, episodes)
     code, gate, kl, nll = encode(run, base, meta, episodes, rng)
     opened = (gate > meta.threshold).cpu().numpy() & episodes.mask
@@ -1414,16 +1399,16 @@ def measure_raw(run: Run, model: BaseModel, models: dict) -> dict:
 def claim_belief(run: Run, models: dict):
     """The subgoal can be read off the residual stream linearly, from mid-depth on better than at the input (Fig. 3).
     Blind: what a step alone tells. The read-out learns from the first half of the held-out episodes."""
-    episodes, base = run.held_out(), copy.copy(models["pretrain"])
+    episodes, base = run.held_out, copy.copy(models["pretrain"])
     subgoal = run.tensor(subgoals(run.world, episodes)[0][episodes.mask])
     parts = [(run.tensor(part.obs[:, :-1]), run.tensor(part.mask)) for part in episodes.chunks()]
+    residuals = lambda lower: torch.cat([lower(obs)[0][mask] for obs, mask in parts])
+    accuracy = lambda lower: fit_readout(run, residuals(lower), subgoal, hidden=0)
     seen, blind = [], []
     for block in range(len(base.blocks) + 1):
         base.control_block = block  # `lower` ends there
-        residual = torch.cat([base.lower(obs)[0][mask] for obs, mask in parts])
-        seen.append(fit_readout(run, residual, subgoal, hidden=0))
-        residual = torch.cat([base.lower(obs, each_alone(obs))[0][mask] for obs, mask in parts])
-        blind.append(fit_readout(run, residual, subgoal, hidden=0))
+        seen.append(accuracy(base.lower))
+        blind.append(accuracy(lambda obs: base.lower(obs, each_alone(obs))))
     later_half = seen[1 + len(base.blocks) // 2 :]
     return {"all steps so far": seen, "blind": blind}, min(later_half) > max(seen[0], *blind) + 0.05
 
@@ -1440,7 +1425,7 @@ def claim_depth(run: Run, models: dict):
 def claim_gate(run: Run, models: dict):
     """The gate opens where the subgoal changes (Figs. 6, A3). Beside it a rule: open after each visit to a colour. It
     is right by construction where each subgoal is one colour."""
-    metrics, episodes, near = run.saved["discover"]["metrics"], run.held_out(), run.world.tolerance
+    metrics, episodes, near = run.saved["discover"]["metrics"], run.held_out, run.world.tolerance
     changed = subgoals(run.world, episodes)[1]
     visit = (np.diff(episodes.goal, axis=1, prepend=episodes.goal[:, :1]) != 0) & episodes.mask
     found = {f"{what}, gate": metrics[f"switch_{what}"] for what in ("precision", "recall")}
@@ -1470,7 +1455,7 @@ def claim_goal(run: Run, models: dict):
     rng, count = run.seeded("claims"), 4 * run.config.eval_episodes
     world, codes = run.world, mean_codes(run)
     roam = lambda pilot: rollout(run, base, pilot, world.batch(count, rng, roam=True))[1]
-    found, goal = {}, run.held_out().goal
+    found, goal = {}, run.held_out.goal
     half = round((goal >= 0).sum() / (np.diff(goal, append=-1) != 0).sum() / 2)
     pairs = np.argwhere(~np.eye(len(codes), dtype=bool))  # all pairs of different subgoals
     for name in ("kept", "replaced by a random one", "replaced"):
@@ -1583,8 +1568,7 @@ def claim_raw(run: Run, models: dict):
 def control_kind(c: dict, ours: Config) -> str:
     """Which control experiment a run is, from its config. A run of the method as it is, is "frozen"."""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
-    changed = [f"{name} {c[name]:g}" for name in ("blind", "free_codes") if c[name] != getattr(ours, name)]
-    return ", ".join([kind, *changed])
+    return kind if c["blind"] == ours.blind else f"{kind}, blind {c['blind']:g}"
 
 
 def claim_controls(ours: Config, runs: list):
@@ -1655,7 +1639,7 @@ def code_colours(world: envs.World) -> np.ndarray:
 
 def draw_gates(axis, run: Run, models: dict) -> None:
     """The gate over time on three held-out episodes; the shades are the true subgoals."""
-    episodes, colours = run.held_out().take(np.arange(3)), code_colours(run.world)
+    episodes, colours = run.held_out.take(np.arange(3)), code_colours(run.world)
     subgoal, changed = subgoals(run.world, episodes)
     gate = encode(run, models["pretrain"], models["discover"], episodes, run.seeded("figures"))[1].cpu().numpy()
     for i, steps in enumerate(episodes.lengths):
@@ -1821,7 +1805,7 @@ class Viewer(CodePilot):
         return controlled
 
 
-def watch(run: Run, args) -> int:
+def watch(run: Run, args) -> None:
     """Play episodes of the RL task in the terminal; with --gif draw them as well."""
     held = args.code is not None
     needed = TRAINED[:2] if args.by_hand or held else TRAINED  # by number: nobody asks the policy
@@ -1855,7 +1839,6 @@ def watch(run: Run, args) -> int:
     seen = [frames for frames in episodes if frames]
     if args.gif and seen:
         write_whole(Path(args.gif), lambda file: draw_animation(run, seen, file, fps or 4))
-    return 0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1882,9 +1865,8 @@ class Run:
         self.config, self.seed, self.device, self.out = config, seed, device, out
         self.world = replace(envs.WORLDS[config.world], jumps=config.jumps, threads=torch.get_num_threads())
         self.phase, self.started, self.shown = "", time.time(), 0.0
-        self.plan = {}  # stages to do, and their typical minutes
+        self.plan, self.curves = {}, {}  # stages to do with their typical minutes; success in RL, see `reinforce`
         self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
-        self._held_out, self.curves = None, {}
 
     def seeded(self, phase: str) -> np.random.Generator:
         """Begin a phase: seed PyTorch for it; returns what numpy's chance comes from, in the worlds."""
@@ -1896,11 +1878,10 @@ class Run:
     def tensor(self, array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
+    @functools.cached_property
     def held_out(self) -> envs.Episodes:
         """Expert trajectories for evaluation: the same for every seed, never trained on."""
-        if self._held_out is None:
-            self._held_out = self.world.held_out(self.config.eval_episodes)
-        return self._held_out
+        return self.world.held_out(self.config.eval_episodes)
 
     def log(self, step: int, total: int, unit: str, **metrics) -> None:
         """Show progress at most every 10 seconds (and at the end) and append it to metrics.csv."""
@@ -2082,7 +2063,7 @@ def run_seed(run: Run, phase: str) -> dict:
 def control_runs(folder: Path, config: Config, own=()) -> list[tuple[dict, dict]]:
     """(config, metrics) of all runs below the folder whose other settings are those of this config; own: the folders
     of the finished runs, which are no control experiments."""
-    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind", "free_codes"  # by control experiments
+    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind"  # by control experiments
     ours = {name: value for name, value in asdict(config).items() if name not in changed}
     paths = [path for path in sorted(folder.rglob("results.json")) if path.parent not in own]
     found = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
@@ -2217,7 +2198,8 @@ def versions() -> dict[str, str]:
 
 def main(argv=None) -> int:
     try:
-        return run_command(make_parser().parse_args(argv), argv)
+        run_command(make_parser().parse_args(argv), argv)
+        return 0
     except Failure as failure:
         print(f"internal_rl: {failure}", file=sys.stderr)
         return failure.status
@@ -2232,7 +2214,7 @@ def main(argv=None) -> int:
         return 130
 
 
-def run_command(args, argv) -> int:
+def run_command(args, argv) -> None:
     config, found = make_config(args), torch.cuda.is_available()
     if args.device == "cuda" and not found:
         raise Failure("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
@@ -2240,10 +2222,8 @@ def run_command(args, argv) -> int:
     for name in ("watch_episodes", "fps", "by_hand", "code", "gif"):
         if args.phase != "watch" and getattr(args, name) is not None:
             raise Failure(f"--{name}: belongs to --phase watch")
-    if args.gif and Path(args.gif).suffix != ".gif":
-        raise Failure(f"--gif {args.gif}: must end in .gif")
-    if args.gif and not Path(args.gif).parent.is_dir():
-        raise Failure(f"--gif {args.gif}: its folder does not exist")
+    if args.gif and not (Path(args.gif).suffix == ".gif" and Path(args.gif).parent.is_dir()):
+        raise Failure(f"--gif {args.gif}: must end in .gif, in a folder that exists")
     if args.phase == "watch" and len(args.seed) > 1:
         raise Failure(f"--seed {args.seed}: --phase watch shows one")
     if args.code is not None and args.code >= len(envs.WORLDS[config.world].subgoals):
@@ -2277,7 +2257,7 @@ def run_command(args, argv) -> int:
         write_json(folder / "claims.json", {"seeds": seeds, "controls": controls})
         if not args.no_figures:
             draw_claims(seeds, controls, folder / "claims.png")
-        return 0
+        return
     results = [run_seed(run, args.phase) for run in runs]
     if not args.no_figures and {*TRAINED} <= {*runs[0].saved}:
         models = {stage: load_model(runs[0], stage) for stage in TRAINED}
@@ -2287,7 +2267,6 @@ def run_command(args, argv) -> int:
         summary = {"preset": args.preset, "command": command, "machine": describe_machine(), "versions": versions()}
         kept = [{**single_numbers(metrics), "intervals_95": metrics["intervals_95"]} for metrics in results]
         write_json(folder / f"{name}.json", {**summary, "seeds": kept})
-    return 0
 
 
 if __name__ == "__main__":

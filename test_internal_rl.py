@@ -378,7 +378,7 @@ def test_held_out_episodes(name, monkeypatch):
     monkeypatch.setattr(np.random, "default_rng", spy := Mock(wraps=np.random.default_rng))
     changes = {"jumps": 0.4}, {"jumps": 0.0}
     runs = [ir.Run(ir.Config(world=name, eval_episodes=16, **c), seed, CPU) for seed, c in enumerate(changes)]
-    first, second = (run.held_out() for run in runs)
+    first, second = (run.held_out for run in runs)
     assert all(np.array_equal(a, b) for a, b in zip(first, second)) and len(first.mask) == 16
     seeds, streams = [call.args[0] for call in spy.call_args_list], ir.STREAMS.values()
     assert seeds and min(seeds) > 1000 * 999_999 + max(streams) and len(set(streams)) == len(streams)
@@ -801,17 +801,17 @@ def test_discovery_trains_all_of_the_metacontroller_and_nothing_else(changes, pr
 
 def test_schedule_of_discovery():
     """For the first share `blind` of phase 2 all episodes are read blind, half as long later none is any more, between
-    them half of the episodes. With `blind` 1 all are; with 0, as in the paper, none ever is. The KL costs nothing for
-    the first share `free_codes`, and its full price from twice this share on; with 0, as in the paper, always."""
-    run = make_run(blind=0.4, free_codes=0.2)
-    assert [ir.kl_charge(run.config, p) for p in (0, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 0.5, 1, 1])
+    them half of the episodes. With `blind` 1 all are; with 0, as in the paper, none ever is. A nat costs kl_weight,
+    but nothing for the first share `free_codes`, and ever more until twice this share."""
+    run = make_run(blind=0.4, free_codes=0.2, kl_weight=3.0)
+    assert [ir.price(run.config, p) for p in (0, 0.2, 0.3, 0.4, 1)] == pytest.approx([0, 0, 1.5, 3, 3])
     share = lambda progress: (ir.draw_blind(run, torch.zeros(4000, 3, 6), progress)[:, 1:] < 0).float().mean(0)
     assert (share(0) == 1).all() and (share(0.4) == 1).all() and (share(0.61) == 0).all() and (share(1) == 0).all()
     assert 0.45 < share(0.5)[0] < 0.55 and share(0.5).shape == (2,)
     run.config = replace(run.config, blind=1.0)
     assert (share(0) == 1).all() and (share(1) == 1).all()
     run.config = ir.PAPER
-    assert (share(0) == 0).all() and ir.kl_charge(run.config, 0) == 1
+    assert (share(0) == 0).all() and ir.price(run.config, 0) == run.config.kl_weight
 
 
 def test_code_kl_is_that_of_gaussians():
@@ -828,11 +828,11 @@ def test_code_kl_is_that_of_gaussians():
     (0.19, False), (0.21, False), (0.5, False), (0.5, True), (1.0, False), (1.0, True),
 ])  # fmt: skip
 def test_discovery_loss_by_hand(name, progress, forget):
-    """The loss is the action loss of the steered base plus a share of kl_weight times the KL to N(0, I) of the
-    proposals, read off a shuffled view, whatever stands in the padding. The encoder reads the entries and the last
-    observation, all of it blind; between entries the proposal is N(0, I), once the KL costs something. The gate
-    reads the real episode. A blind episode is read blind below the controller and above. With `forget`, the upper
-    blocks forget all up to an opening of the gate."""
+    """The loss is the action loss of the steered base plus the price times the KL to N(0, I) of the proposals, read
+    off a shuffled view, whatever stands in the padding. The encoder reads the entries and the last observation, all of
+    it blind; between entries the proposal is N(0, I), unless codes are free. The gate reads the real episode. A blind
+    episode is read blind below the controller and above. With `forget`, the upper blocks forget all up to an opening
+    of the gate."""
     run = make_run(world=name, kl_weight=0.7, blind=0.4, free_codes=0.2, forget=forget)
     base, meta, episodes = wake(ir.BaseModel(run.config), 0.1), make_meta(run), padded_episodes(name)
     upper, integrate, read, given, found = base.upper, meta.integrate, [], [], []
@@ -891,11 +891,10 @@ def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
     """Each phase returns a model that has learned and is frozen, and leaves the models that it was given as they were:
     raw-action RL trains a copy of the base. Discovery is told how much of it is done, each kind of RL its own rate."""
     steps = {"discover_steps": 5, "kl_weight": 0.2, "rl_batch": 64, "rl_lr": 2e-3, "raw_lr": 1e-3}
-    run, seen, loss = make_run(**(SHORT | steps), rl_episodes=128), [], ir.discovery_loss
-    monkeypatch.setattr(ir, "discovery_loss", lambda *a: seen.append(a[-1]) or loss(*a))
-    reinforce, peaks = ir.reinforce, []
-    monkeypatch.setattr(ir, "reinforce", lambda *a: peaks.append((a[1], a[3])) or reinforce(*a))
-    run.world, models = replace(run.world, rl_task=(0,), limit=20), {}  # easy enough for chance
+    run, models = make_run(**(SHORT | steps), rl_episodes=128), {}
+    monkeypatch.setattr(ir, "discovery_loss", loss := Mock(wraps=ir.discovery_loss))
+    monkeypatch.setattr(ir, "reinforce", reinforce := Mock(wraps=ir.reinforce))
+    run.world = replace(run.world, rl_task=(0,), limit=20)  # easy enough for chance
     for name, stage in ir.STAGES.items():
         before = {other: copy_of(model) for other, model in models.items()}
         models[name] = stage.train(run, *(models[need] for need in stage.needs))
@@ -905,7 +904,8 @@ def test_every_phase_trains_its_own_model_and_freezes_it(monkeypatch):
         start = models["pretrain"] if name == "raw" else stage.build(run.config)  # the same seed: the same weights
         assert changed(models[name], copy_of(start))
         assert name not in ("rl", "raw") or 0 < run.curves[name][0][1] < 1
-    assert np.allclose(seen, [0, 0.2, 0.4, 0.6, 0.8]) and peaks == [("rl", 2e-3), ("raw", 1e-3)]
+    assert np.allclose([call.args[-1] for call in loss.call_args_list], [0, 0.2, 0.4, 0.6, 0.8])
+    assert [(call.args[1], call.args[3]) for call in reinforce.call_args_list] == [("rl", 2e-3), ("raw", 1e-3)]
 
 
 GRID_OF_THE_PAPER = {  # its App. A, C and D, tables A1 to A14; lambda and alpha are among those that it tried
@@ -950,29 +950,39 @@ def test_paper_preset_is_the_papers_and_runs(env, sizes, monkeypatch):
 def make_players(name, **changes):
     """run, frozen base and metacontroller, policy, all with random weights; rollouts are short."""
     run = make_run(world=name, **changes)
-    run.held_out()  # while there is time
+    assert run.held_out  # is made now, while there is time
     run.world = replace(run.world, limit=40 if name == "ant" else 100)
     base, meta = wake(ir.BaseModel(run.config), 0.2), make_meta(run)
     return run, base.requires_grad_(False), meta.requires_grad_(False), wake(ir.Policy(run.config), 0.1)
 
 
+class NotingPilot(ir.CodePilot):
+    """Writes down at each step whose gates opened, and the codes of all episodes, also those before the first step."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.openings, self.codes = [], [self.code.clone()]
+
+    def steer(self, residual, batch, rows):
+        controlled = super().steer(residual, batch, rows)
+        self.openings.append((rows, self.opened))
+        self.codes.append(self.code.clone())
+        return controlled
+
+
 @BOTH
-@pytest.mark.parametrize(
-    "blind, forget, temperature", [(0.7, False, 1), (1.0, False, 0.3), (0.0, True, 2), (1.0, True, 0.5)]
-)
-def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature):
+@pytest.mark.parametrize("blind, forget, temperature, threshold", [
+    (0.7, False, 1, 0.5), (1.0, False, 0.3, 0.2), (0.0, True, 2, 0.8), (1.0, True, 0.5, 0.5),
+])  # fmt: skip
+def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature, threshold):
     """Rollouts, which go step by step and drop the dead, have the gates and log-probabilities that discovery's form of
     the model gives the same episodes at once, at the temperature asked for: dropping changes nothing for the living.
     The base has its memory, unless `blind` is 1; with `forget`, above the controller that since the last opening of
     the gate. The actions are drawn from just these distributions: their mean log-probability is minus the entropy."""
-    threshold = {1: 0.5, 0.3: 0.2, 2: 0.8, 0.5: 0.5}[temperature]
-    run, base, meta, _ = make_players(
-        name, blind=blind, forget=forget, temperature=temperature, blind_blocks=int(forget)
-    )
+    changes = {"blind": blind, "forget": forget, "temperature": temperature, "blind_blocks": int(forget)}
+    run, base, meta, _ = make_players(name, **changes)
     meta.threshold = threshold
-    pilot, opened = ir.CodePilot(run, 120, meta, lambda residual, rows: residual[:, :4]), []
-    steer = pilot.steer
-    pilot.steer = lambda residual, batch, rows: (steer(residual, batch, rows), opened.append((rows, pilot.opened)))[0]
+    pilot = NotingPilot(run, 120, meta, lambda residual, rows: residual[:, :4])
     played, _ = ir.rollout(run, base, pilot, run.world.batch(120, np.random.default_rng(0)))
     faded = ir.each_alone(played.inputs) if blind == 1 else None
     residual, mask = base.lower(played.inputs, faded)[0], played.mask.bool()
@@ -982,7 +992,7 @@ def test_rollout_equals_the_whole_sequence(name, blind, forget, temperature):
     expected = wanted.log_prob(played.chosen)
     surprise = (expected + wanted.entropy())[mask]
     assert surprise.mean().abs() < 5 * surprise.std() / len(surprise) ** 0.5
-    gate_open = ir.by_episode(opened)[0]  # at each step
+    gate_open = ir.by_episode(pilot.openings)[0]  # at each step
     assert torch.equal((gate > threshold) & mask, gate_open)
     assert torch.allclose(expected * mask, played.log_prob, atol=2e-3)
     assert len(mask.sum(1).unique()) > 5 and 0 < gate_open[:, 1:].sum() < mask[:, 1:].sum()
@@ -996,17 +1006,9 @@ def test_code_is_held_between_switches_where_alone_it_is_chosen(name):
     run, base, meta, policy = make_players(name)
     first, codes = (ir.PolicyCodes(run, 50, policy) for _ in range(2))
     built(first(torch.randn(2, 16), torch.tensor([3, 7])), "the codes (B, Z) of the rows")
-    pilot = ir.CodePilot(run, 50, meta, codes)
-    steer, T = pilot.steer, run.world.limit
-    opened, code = torch.zeros(50, T, dtype=torch.bool), torch.zeros(50, T + 1, 4)  # of code, also before step 0
-
-    def spy(residual, batch, rows):
-        t, controlled = pilot.step, steer(residual, batch, rows)
-        opened[rows, t], code[:, t + 1 :] = pilot.opened, pilot.code[:, None]
-        return controlled
-
-    pilot.steer = spy
+    pilot = NotingPilot(run, 50, meta, codes)
     played, _ = ir.rollout(run, base, pilot, run.world.batch(50, np.random.default_rng(0)))
+    opened, code = ir.by_episode(pilot.openings)[0], torch.stack(pilot.codes, dim=1)
     assert torch.equal(code.diff(dim=1).any(dim=-1), opened) and opened[:, 0].all()
     batch = ir.Decisions(*ir.by_episode(codes.made), played.reward)
     assert 50 < batch.mask.sum() < played.mask.sum() and batch.log_prob.std() > 0.1
@@ -1038,9 +1040,9 @@ def test_distribution_of_codes():
 def test_labels_learn_on_the_memory_of_phase_3(blind):
     """While ground-truth controllers learn, the base remembers all steps so far, or none if it is blind in RL, too."""
     run, base, _, _ = make_players("small", blind=blind, **SHORT)
-    lower, seen = base.lower, []
-    base.lower = lambda obs, faded: seen.append((obs, faded)) or lower(obs, faded)
+    base.lower = Mock(wraps=base.lower)
     ir.train_labels(run, base)
+    seen = [call.args for call in base.lower.call_args_list]
     assert len(seen) == SHORT["steer_steps"]
     assert all(torch.equal(faded, ir.each_alone(obs) * (blind == 1)) for obs, faded in seen)
 
@@ -1078,7 +1080,7 @@ def test_a_switch_close_to_a_change_is_a_hit(name, late, monkeypatch):
     """Gates that open exactly `late` steps after each true change of subgoal are right if that is within the world's
     tolerance, 1 step on the grid and 5 for the ant, else often wrong; the first step is no switch."""
     run, base, meta, _ = make_players(name)
-    _, _, goal, mask = run.held_out()
+    _, _, goal, mask = run.held_out
     change = (np.diff(goal, axis=1, prepend=goal[:, :1]) != 0) & mask
     gate = np.roll(change, late, axis=1) | (np.arange(change.shape[1]) == 0)
     fake = torch.randn(*gate.shape, 4), torch.from_numpy(gate).float(), *torch.ones(2, *gate.shape)
@@ -1097,7 +1099,7 @@ def test_parts_of_the_claims_by_hand():
     assert ir.share_of(5, 10) == pytest.approx([0.5, 0.2366, 0.7634], abs=1e-4)
     assert ir.share_of(0, 1000) == pytest.approx([0, 0, 0.00383], abs=1e-5)
     run, base, meta, _ = make_players("small", layers=3)
-    obs = run.tensor(run.held_out().obs)
+    obs = run.tensor(run.held_out.obs)
     x = base.embed(obs)
     other = copy.copy(base)
     for block in range(4):
@@ -1125,7 +1127,7 @@ def test_verdicts_on_control_experiments():
     run = make_run(kl_weight=0.1)
 
     def control(kind="frozen", success=0.0, price=0.1, recall=1.0, blind=0.65):
-        config = asdict(replace(run.config, kl_weight=price, blind=blind, free_codes=blind / 2))
+        config = asdict(replace(run.config, kl_weight=price, blind=blind))
         config |= {"force_open": kind == "forced", "cotrain": kind == "joint"}
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
         return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
@@ -1275,8 +1277,6 @@ def test_runs_leave_what_they_promise(finished, monkeypatch):
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
         assert all(entry[key] == value for key, value in metrics.items() if not isinstance(value, list))
     assert results(first)["base_excess_nats"] != results(second)["base_excess_nats"]
-    found = results(first)
-    assert all(found[f"{key}_normalised"] == found[key] / found["expert_success"] for key in ir.NORMALISED)
     drawn = []
     monkeypatch.setattr(ir, "draw_curves", lambda axis, seeds: drawn.extend(metrics["seed"] for metrics in seeds))
     assert run_main(finished, "--seed", "0,1") == 0 and drawn == [0, 1] and (finished / "picture.png").exists()
@@ -1311,7 +1311,7 @@ def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
     assert len(rows) == len({(phase, step, metric) for phase, step, _, metric, _ in rows})
     after, whole = (torch.load(folder / "run.pt") for folder in (tmp_path, finished / "seed-0"))
     assert after["pretrain"]["metrics"] == before["pretrain"]["metrics"] and (tmp_path / "picture.png").exists()
-    printed, models = capsys.readouterr().out, {}
+    printed = capsys.readouterr().out
     assert all(f"\n{start}" in printed for start in ("true subgoal", "gate opens", "internal_rl_success: "))
     # The second call had three stages left to do. Each line has the time left for its phase and for the whole run.
     lines = re.findall(r"^(\d/\d \w+) .*/s; left: phase (\d+) s, whole run (\d+\.\d) min$", printed, re.M)
@@ -1320,9 +1320,9 @@ def test_interrupted_run_resumes(finished, tmp_path, monkeypatch, capsys):
     run = ir.Run(ir.Config(**after["raw"]["config"]), 0, CPU, tmp_path)
     ir.load_saved(run, "all")
     for stage in ir.STAGES:
-        ir.run_stage(run, stage, models)
-        assert changed(models[stage], whole[stage]["model"]) == set()
-        assert not any(p.requires_grad for p in models[stage].parameters())
+        model = ir.load_model(run, stage)
+        assert changed(model, whole[stage]["model"]) == set()
+        assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_ant_runs(tmp_path):
@@ -1440,14 +1440,13 @@ def test_a_checkpoint_is_checked_against_all_it_depends_on(stage, name, monkeypa
     monkeypatch.setattr(envs.World, "batch", lambda world, *a, **k: batch(replace(world, limit=20), *a, **k))
     run = make_run(**SHORT, world=name, obs_loss=0.1, rl_episodes=16, rl_batch=8, temperature=0.37)
     models = {other: ir.STAGES[other].build(run.config).requires_grad_(False) for other in ir.STAGES}
-    rollout, seen, read, look = ir.rollout, set(), set(), object.__getattribute__
-    spy = lambda run, base, pilot, batch: seen.add(pilot.temperature) or rollout(run, base, pilot, batch)
-    monkeypatch.setattr(ir, "rollout", spy)
+    read, look = set(), object.__getattribute__
+    monkeypatch.setattr(ir, "rollout", spy := Mock(wraps=ir.rollout))
     monkeypatch.setattr(ir.Config, "__getattribute__", lambda c, field: read.add(field) or look(c, field))
     part.measure(run, part.train(run, *(models[need] for need in part.needs)), models)
     names = [*ir.Config.__dataclass_fields__]
     assert "eval_episodes" in read and read & {*names[names.index(part.last) + 1 :]} == set()
-    assert seen == {1 if stage in ("pretrain", "raw") else 0.37}
+    assert {call.args[2].temperature for call in spy.call_args_list} == {1 if stage in ("pretrain", "raw") else 0.37}
 
 
 @pytest.mark.parametrize("flags", [
