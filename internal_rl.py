@@ -544,8 +544,8 @@ def pretrain(run: Run) -> BaseModel:
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
 #    must learn to steer such a base. Codes keep their meaning; we think because training changes codes that work only
 #    little by little. Phase 2 never trains the code for 1 right after 0, where a base with memory avoids 1. It works
-#    all the same in most cases: .222 of the random codes lead from 0 to 1 (see the top of this file); if the base
-#    ignored the past, .25 would. We do not know why.
+#    all the same in most cases: .222 of the random codes lead from 0 to 1 (see the top of this file). If the base
+#    ignored the past, and random codes named the four colours equally often, .25 would. We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -591,7 +591,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()  # of every proposal, adopted or not
     stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item()}
-    return nll + price(run.config, progress) * kl, stats
+    return nll + price(run.config, progress) * kl, stats  # price: alpha; on the 7x7 grid and for the ant 0 at first
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -864,8 +864,9 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # If the gate opened at all of them, training would hardly notice, but the policy would have to choose a code at each.
 # So the encoder proposes only where the ant enters another cell of its floor (an *entry*). At other steps the
 # proposals are noise. To adopt noise spoils the code, so the gate opens once.
-# If this begins at once, some gates learn to stay shut where two colours are neighbours. So for the first third of
-# phase 2 the encoder proposes at all steps. Codes cost nothing then; otherwise there would be none yet.
+# But for the first third of phase 2 it proposes at all steps, and codes cost nothing. If they cost alpha from the
+# first step on, the gate learns to stay shut on two of the colours where the ant comes straight from a neighbouring
+# one (one seed). We do not know why.
 #
 # (On the small grid `take_steps` takes all steps, and `put_back` leaves out the last observation.)
 # ----------------------------------------------------------------------------------------------------
@@ -887,8 +888,7 @@ def forget_at(gate):
 
 def price(c: Config, progress: float) -> float:
     """What a nat of a proposal costs when a share `progress` of phase 2 is done: alpha. But with `free_codes` .325, as
-    for the ant, it is 0 until .325, then it rises, and is alpha from .65 on. (The 7x7 grid's .18 may not be needed: a
-    run without was as good. The small grid has none.)"""
+    for the ant, it is 0 until .325, then rises, and is alpha from .65 on. The 7x7 grid has .18, the small grid 0."""
     free, full = c.free_codes, 2 * c.free_codes
     return c.kl_weight * (1.0 if progress >= full else max(0.0, (progress - free) / (full - free)))
 
@@ -896,7 +896,8 @@ def price(c: Config, progress: float) -> float:
 def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
     """Where the encoder proposes, (B, T): at every step as long as codes are free, then at entries. On the grid every
     step is an entry."""
-    if price(run.config, progress) == 0:
+    free = run.config.free_codes
+    if free and progress <= free:
         return episodes.mask
     return episodes.mask & run.world.is_entry(episodes.obs)[:, :-1]
 
@@ -1569,7 +1570,8 @@ def claim_raw(run: Run, models: dict):
 def control_kind(c: dict, ours: Config) -> str:
     """Which control experiment a run is, from its config. A run of the method as it is, is "frozen"."""
     kind = "gate forced open" if c["force_open"] else "co-trained" if c["cotrain"] else "frozen"
-    return kind if c["blind"] == ours.blind else f"{kind}, blind {c['blind']:g}"
+    changed = [f"{name} {c[name]:g}" for name in ("blind", "free_codes") if c[name] != getattr(ours, name)]
+    return ", ".join([kind, *changed])
 
 
 def claim_controls(ours: Config, runs: list):
@@ -2064,7 +2066,7 @@ def run_seed(run: Run, phase: str) -> dict:
 def control_runs(folder: Path, config: Config, own=()) -> list[tuple[dict, dict]]:
     """(config, metrics) of all runs below the folder whose other settings are those of this config; own: the folders
     of the finished runs, which are no control experiments."""
-    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind"  # by control experiments
+    changed = "kl_weight", "force_open", "cotrain", "discover_steps", "blind", "free_codes"  # by control experiments
     ours = {name: value for name, value in asdict(config).items() if name not in changed}
     paths = [path for path in sorted(folder.rglob("results.json")) if path.parent not in own]
     found = [(read_json(path.with_name("config.json")), read_json(path)) for path in paths]
