@@ -1700,7 +1700,7 @@ LINES = {"belief": "after block", "depth": "after block", "explore": "visit"}  #
 def draw_claim(axis, name: str, numbers: dict, labelled: bool) -> None:
     """The numbers of one seed, or of all control experiments; marks and lines differ, to be read in grey."""
     for row, (label, value) in enumerate(numbers.items()):
-        style, label = ("ko-", "ks--", "k^:", "kD-.", "kv-")[row % 5], label if labelled else None
+        style, label = ("ko-", "ks--", "k^:", "kD-.", "kv-", "kP--")[row % 6], label if labelled else None
         if name == "explore":
             axis.semilogy(range(1, len(value["by visit"]) + 1), value["by visit"], style, label=label)
         elif name in LINES:
