@@ -549,21 +549,26 @@ def pretrain(run: Run) -> BaseModel:
 # ----------------------------------------------------------------------------------------------------
 
 
+def ramp(progress: float, start: float, end: float) -> float:
+    """0 until `start`, then rising to 1 at `end`."""
+    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))
+
+
 def draw_blind(run: Run, obs, progress: float):
     """`faded` (B, T) of a batch in which some episodes are read blind; obs (B, T, F). With `blind` .65 all episodes
     are blind until progress .65, then ever fewer, and none from 1.5 x .65 = .975 on. (A slower fall was worse.)"""
-    until = run.config.blind
-    if progress >= 1.5 * until:
+    share = 1 - ramp(progress, run.config.blind, 1.5 * run.config.blind)
+    if not share:
         return torch.zeros(obs.shape[:2], device=run.device)
-    blind = torch.rand(len(obs), device=run.device) < 3 - 2 * progress / until  # above 1 at first, 0 at 1.5 x until
+    blind = torch.rand(len(obs), device=run.device) < share
     return torch.where(blind[:, None], each_alone(obs), 0.0)
 
 
 def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Episodes, rng, progress: float = 1.0):
     """The encoder's proposals (B, T, Z), drawn from its Gaussians, and the nats that each costs (B, T).
 
-    It proposes at every step; for the ant at fewer (`proposing_steps`). Elsewhere the proposal is noise, and free.
-    It reads these steps in a copy of the episode, then the last observation, which shows the last visit. The lower
+    The encoder proposes at every step; for the ant at fewer (`proposing_steps`). Elsewhere the proposal is noise, and
+    free. The encoder reads a copy of these steps, then the last observation, which shows the last visit. The lower
     blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy the agent seems to jump at every
     step, and the base has learned nothing from such a past."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
@@ -889,8 +894,7 @@ def forget_at(gate):
 def price(c: Config, progress: float) -> float:
     """What a nat of a proposal costs when a share `progress` of phase 2 is done: alpha. But with `free_codes` .325, as
     for the ant, it is 0 until .325, then rises, and is alpha from .65 on. The 7x7 grid has .18, the small grid 0."""
-    free, full = c.free_codes, 2 * c.free_codes
-    return c.kl_weight * (1.0 if progress >= full else max(0.0, (progress - free) / (full - free)))
+    return c.kl_weight * ramp(progress, c.free_codes, 2 * c.free_codes)
 
 
 def proposing_steps(run: Run, episodes: envs.Episodes, progress: float) -> np.ndarray:
@@ -1868,7 +1872,8 @@ class Run:
         self.config, self.seed, self.device, self.out = config, seed, device, out
         self.world = replace(envs.WORLDS[config.world], jumps=config.jumps, threads=torch.get_num_threads())
         self.phase, self.started, self.shown = "", time.time(), 0.0
-        self.plan, self.curves = {}, {}  # stages to do with their typical minutes; success in RL, see `reinforce`
+        self.plan = {}  # stages to do, and their typical minutes
+        self.curves = {}  # success of each batch of RL, see `reinforce`
         self.name, self.saved = name, {}  # {stage: its config, seed, model and metrics}, see `load_saved`
 
     def seeded(self, phase: str) -> np.random.Generator:

@@ -950,7 +950,7 @@ def test_paper_preset_is_the_papers_and_runs(env, sizes, monkeypatch):
 def make_players(name, **changes):
     """run, frozen base and metacontroller, policy, all with random weights; rollouts are short."""
     run = make_run(world=name, **changes)
-    assert run.held_out  # is made now, while there is time
+    assert run.held_out  # made here, before the limit becomes too short for experts
     run.world = replace(run.world, limit=40 if name == "ant" else 100)
     base, meta = wake(ir.BaseModel(run.config), 0.2), make_meta(run)
     return run, base.requires_grad_(False), meta.requires_grad_(False), wake(ir.Policy(run.config), 0.1)
@@ -1123,11 +1123,11 @@ def test_parts_of_the_claims_by_hand():
 def test_verdicts_on_control_experiments():
     """The claim about controls holds if all seeds of the run itself succeed, and all of each kind at its price fail.
     That about freezing holds if at some price most runs on frozen bases open where the subgoal changes, at none those
-    on bases that learned jointly; not if one kind is missing. Runs with another `blind` are listed apart."""
+    on bases that learned jointly; not if one kind is missing. Runs with other schedules are listed apart."""
     run = make_run(kl_weight=0.1)
 
-    def control(kind="frozen", success=0.0, price=0.1, recall=1.0, blind=0.65):
-        config = asdict(replace(run.config, kl_weight=price, blind=blind))
+    def control(kind="frozen", success=0.0, price=0.1, recall=1.0, blind=0.65, free=0.0):
+        config = asdict(replace(run.config, kl_weight=price, blind=blind, free_codes=free))
         config |= {"force_open": kind == "forced", "cotrain": kind == "joint"}
         gate = {"switch_precision": 1.0, "switch_recall": recall, "switches_per_episode": 2.0}
         return config, {"internal_rl_success": success, "kl_nats": 3.0, "steered_nats": 1.0, **gate}
@@ -1138,6 +1138,7 @@ def test_verdicts_on_control_experiments():
         (0.9, [control("forced"), control("joint"), control("joint", 0.5)], False),
         (0.9, [control("forced"), control("joint"), control("joint", 0.5, price=0.3)], True),
         (0.9, [control("forced"), control("joint"), control("joint", 0.5, blind=0)], True),
+        (0.9, [control("forced"), control("joint"), control("joint", 0.5, free=0.3)], True),
         (0.9, [control("joint")], False),
     ):
         runs = [control(success=own), control(success=0.9), *others]
@@ -1277,6 +1278,8 @@ def test_runs_leave_what_they_promise(finished, monkeypatch):
     for entry, metrics in zip(collected["seeds"], (results(first), results(second)), strict=True):
         assert all(entry[key] == value for key, value in metrics.items() if not isinstance(value, list))
     assert results(first)["base_excess_nats"] != results(second)["base_excess_nats"]
+    found = results(first)
+    assert all(found[f"{key}_normalised"] == found[key] / found["expert_success"] for key in ir.NORMALISED)
     drawn = []
     monkeypatch.setattr(ir, "draw_curves", lambda axis, seeds: drawn.extend(metrics["seed"] for metrics in seeds))
     assert run_main(finished, "--seed", "0,1") == 0 and drawn == [0, 1] and (finished / "picture.png").exists()
