@@ -596,7 +596,7 @@ def discovery_loss(run: Run, base, meta, episodes: envs.Episodes, rng, progress:
     nll = action_nll(run, base, features, episodes).sum(1).mean()
     kl = kl.sum(1).mean()  # of every proposal, adopted or not
     stats = {"nll": nll.item(), "kl": kl.item(), "gates": (gate * mask).sum(1).mean().item()}
-    return nll + price(run.config, progress) * kl, stats  # price: alpha; on the 7x7 grid and for the ant 0 at first
+    return nll + price(run.config, progress) * kl, stats  # price: alpha; for the ant 0 at first
 
 
 def discover(run: Run, base: BaseModel) -> Metacontroller:
@@ -893,7 +893,7 @@ def forget_at(gate):
 
 def price(c: Config, progress: float) -> float:
     """What a nat of a proposal costs when a share `progress` of phase 2 is done: alpha. But with `free_codes` .325, as
-    for the ant, it is 0 until .325, then rises, and is alpha from .65 on. The 7x7 grid has .18, the small grid 0."""
+    for the ant, it is 0 until .325, then rises, and is alpha from .65 on."""
     return c.kl_weight * ramp(progress, c.free_codes, 2 * c.free_codes)
 
 
@@ -944,7 +944,7 @@ PRESETS = {
         "laptop": replace(
             CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
-            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1, free_codes=0.18,
+            discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
         ),
         "paper": PAPER,
     },
