@@ -535,8 +535,8 @@ def pretrain(run: Run) -> BaseModel:
 # To tell the next moves, or the place to go to, costs about as little as to tell the colour, and predicts the expert
 # as well. Two departures from the paper make codes name the colour:
 # 1. The encoder reads a copy of the episode in which the cells of the grid are renumbered at random, in the same way
-#    at all steps. The copy shows when the agent stands on which colour, but no directions and no places. (On the small
-#    grid codes name the colour without the copy, too, but say more than that, and RL ends lower.)
+#    at all steps. The copy shows when the agent stands on which colour, but no directions and no places. (Without the
+#    copy the gate opens at the same steps, but a code does not say which colour, and RL fails.)
 # 2. At first the base is blind. With memory it would know that experts go from 0 to 2 or 3, and from 3 to 1 or 2. Then
 #    one code could mean "the lower of the two": 2 after 0, but 1 after 3. No code would lead from 0 to 1, and RL needs
 #    that. A blind base has forgotten the visit to 0 one step later. From then on any goal may follow, so the code must
