@@ -17,10 +17,11 @@ product is the chance:
     the base acts alone:                  .255 x .0022 x .0195 x .105 x .0073 x .113 = about 1 in 1,000,000,000
     random *codes* steer the same base:   .262 x .222 x .194 x .249 x .153 x .318    = about 1 in 7,300
 
-So RL on raw actions, which starts from the base, sees no reward and learns nothing. RL on codes sees some rewards. A
-code is eight numbers. The codes that the model learns make the base walk to one colour each, mostly whatever it
-visited before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the model which codes
-there are: it finds them in the trajectories of the experts. This takes three phases, in the order of this file:
+RL on raw actions starts from the base, not from random moves, so it sees no reward and learns nothing. RL on codes
+sees some rewards. A code is eight numbers. The codes that the model learns make the base walk to one colour each,
+mostly whatever it visited before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the
+model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
+this file:
 
     1. pretrain: the base, a sequence model, learns to predict the next action of experts whose goals are hidden. Then
        it is frozen. The vector that its layers (blocks) pass on is the *residual stream*.
@@ -55,7 +56,7 @@ Glossary (B episodes, T steps, F numbers in an observation, D width of the resid
 history or summary, R rank of a controller, M pairs of matrices that it is mixed from, K decisions of the RL policy)
 
     here              paper    shape        meaning                                                    where
-    residual          e_t      (B, T, D)    what the base's blocks pass on, after `control_block`      Eq. 1
+    residual          e_t      (B, T, D)    what the lower blocks pass on, before U_t acts on it       Eq. 1
     history           h_t      (B, T, H)    recurrent summary of e_1 ... e_t                           App. D.2
     summary           s        (B, H)       recurrent summary of the whole episode                     App. D.2
     mean, log_std     mu, Sig  (B, T, Z)    the encoder's Gaussian over the next code                  Eq. 11-18
@@ -154,7 +155,7 @@ class Config:
     shuffle: bool = True  # departure: the encoder reads a copy of the episode whose cells are renumbered at random
     discover_steps: Natural = 6000  # (paper: 64,000)
     kl_weight: Weight = 0.05  # alpha (paper: searched in 0 .. 1)
-    free_codes: Chance = 0.0  # departure: codes cost nothing for this share of phase 2; from twice this on, alpha
+    free_codes: Chance = 0.0  # departure: codes are free for this share of phase 2; then their price rises
     force_open: bool = False  # control experiment (paper: Fig. 8): the gate is 1 at every step, in phase 3, too
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
@@ -316,8 +317,9 @@ class BaseModel(nn.Module):
 # Metacontroller (paper: Sec. 3, App. D.2, Eqs. 1-3 and 11-18)
 #
 # In: residuals of the frozen base. Out: changed residuals, so that the base acts as if it pursued a chosen goal.
-# While the metacontroller learns, an encoder proposes the codes. It may look at the whole episode, future included. In
-# phase 3 a policy proposes them. The gate sees no future, so phase 3 can use it, too.
+# While the metacontroller learns, an encoder proposes the codes. It gets residuals of its own, of the renumbered copy,
+# and may look at the whole episode, future included. In phase 3 a policy proposes the codes. The gate sees no future,
+# so phase 3 can use it, too.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +365,7 @@ class Metacontroller(nn.Module):
         super().__init__()
         self.force_open = c.force_open
         D, H, Z = c.dim, c.history_dim, c.code_dim
+        self.read = nn.RMSNorm(D, elementwise_affine=False)  # scales the residuals to a root mean square of 1
         self.history = nn.GRU(D, H, batch_first=True)
         self.embedder = nn.GRU(D, H, batch_first=True)
         self.encoder = nn.Sequential(
@@ -374,18 +377,14 @@ class Metacontroller(nn.Module):
         nn.init.zeros_(self.switch[2].bias)
         self.encoder[2].bias.data[Z:] -= 2  # first standard deviation e^-2: little noise, so that the mean can be seen
 
-    def read(self, residual):
-        """The residual stream as the metacontroller sees it: scaled to a root mean square of 1."""
-        return F.rms_norm(residual, residual.shape[-1:])
-
     def encode(self, residual, last):
         """Gaussians of the proposals: residual (B, N, D) -> mean and log_std (B, N, Z). On the grid N is T + 1: all
         steps, then the last observation. For the ant there are fewer (see `propose`, phase 2). At each, the encoder
         reads the residual, the history before it, and the episode's summary.
 
         last (B,): the place of the last observation among the N, counted from 0. Padding follows it. For the summary
-        a GRU reads backwards, from place `last` to place 0, then place 0 again to fill the tensor. So its output at
-        index `last` is the summary; the outputs after it are ignored."""
+        a GRU reads backwards, from place `last` to place 0. Its output there, after last + 1 inputs, is the summary.
+        (Shorter episodes read place 0 again and again to fill the tensor; those outputs are ignored.)"""
         x = self.read(residual)
         history = shift_right(self.history(x)[0])
         rows, steps = (torch.arange(size, device=x.device) for size in x.shape[:2])
@@ -415,7 +414,7 @@ class Metacontroller(nn.Module):
         policy must know when it decides; measurements use it, too. After training this makes little difference: the
         gate is then near 0 or near 1 at all steps. (In RL, `CodePilot` does the same, one step at a time.)
 
-        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), soft in any case."""
+        residual (B, T, D), proposal (B, T, Z) -> code (B, T, Z), gate (B, T), before any threshold."""
         history = shift_right(self.history(self.read(residual))[0])
         gate = torch.ones_like(proposal[:, 0, 0])  # the first step always adopts
         code = proposal[:, 0]
@@ -456,6 +455,7 @@ def code_kl(mean, log_std):
 #     run.seeded(phase)                      seeds all random generators, returns numpy's
 #     run.tensor(array), run.log(...)        numpy array -> tensor; shows progress
 #     update(...), rate(...)                 one step of the optimisers; the learning rate now, as a share of its peak
+#     price, proposing_steps, take_steps, put_back, forget_at      for the 7x7 grid and the ant: after phase 3
 #
 # In phases 1 and 2 a loss function returns a sum over steps, averaged over episodes. Before an update it is divided by
 # the mean length of the batch's episodes.
@@ -513,9 +513,9 @@ def pretrain(run: Run) -> BaseModel:
 # In: the frozen base and fresh trajectories of the same experts. Out: a metacontroller.
 #
 # Its encoder knows what the expert is about to do, and tells the base through the code, so that the base predicts the
-# expert better. But each nat of a proposal costs alpha, even if the gate ignores it. So the encoder should tell only
-# what the base cannot know. The base finds the way to a goal by itself. What it cannot know is the goal, and it is
-# enough to name it once, when it changes.
+# expert better. But each nat of a proposal costs alpha, adopted or not; to open the gate is free. So the encoder
+# should tell only what the base cannot know. The base finds the way to a goal by itself. What it cannot know is the
+# goal, and it is enough to name it once, when it changes.
 #
 # Why does the gate open where the goal changes, and stay shut at other steps? Where there is nothing new to tell, the
 # encoder proposes pure noise, N(0, I), which is free. To adopt noise would destroy the code in force, so the gate
@@ -530,7 +530,8 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, end        all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
-# Gate, encoder and policy read the residuals with GRUs of their own, so they remember even when the base is blind.
+# Gate, encoder and policy see residuals. They remember what they saw, in GRUs of their own, even if the base is blind.
+# If it is not, each residual tells of earlier steps, too.
 #
 # To tell the next moves, or the place to go to, costs about as little as to tell the colour, and predicts the expert
 # as well. Two departures from the paper make codes name the colour:
@@ -539,13 +540,13 @@ def pretrain(run: Run) -> BaseModel:
 #    copy the gate opens at the same steps, but a code does not say which colour, and RL fails.)
 # 2. At first the base is blind. With memory it would know that experts go from 0 to 2 or 3, and from 3 to 1 or 2. Then
 #    one code could mean "the lower of the two": 2 after 0, but 1 after 3. No code would lead from 0 to 1, and RL needs
-#    that. A blind base has forgotten the visit to 0 one step later. From then on any goal may follow, so the code must
-#    name the goal itself: "go to 1".
+#    that. One step after 0 a blind base no longer knows where it was, but the code in force must still guide it. So
+#    the code must name the goal itself: "go to 1".
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
 #    must learn to steer such a base. Codes keep their meaning; we think because training changes codes that work only
 #    little by little. Phase 2 never trains the code for 1 right after 0, where a base with memory avoids 1. It works
-#    all the same in most cases: .222 of the random codes lead from 0 to 1 (see the top of this file). If the base
-#    ignored the past, and random codes named the four colours equally often, .25 would. We do not know why.
+#    all the same: after 0, .222 of the random codes lead to 1 (see the top of this file). If the base ignored the
+#    past, and random codes named the four colours equally often, .25 of them would. We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -569,8 +570,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at every step; for the ant at fewer (`proposing_steps`). Elsewhere the proposal is noise, and
     free. The encoder reads a copy of these steps, then the last observation, which shows the last visit. The lower
-    blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy the agent seems to jump at every
-    step, and the base has learned nothing from such a past."""
+    blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy nearly every step is a jump. In
+    phase 1 one in ten was, so such a past would tell the base nothing."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid the whole copy, (B, T + 1, F)
@@ -735,15 +736,16 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 #     reward                               1      one, at the very end
 #
 # Nobody tells the policy its task. Under random codes the base walks to random colours, so some episodes succeed by
-# chance, and RL can begin. A success is credited to six decisions, not to 28 moves; each gets the full advantage.
+# chance, and RL can begin. A success is credited to six decisions, not to each move; all six get the full advantage.
 # ----------------------------------------------------------------------------------------------------
 
 
 class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
 
-    At first it is the codes' prior, N(0, I). Its standard deviations stay above `least_std`. Without that bound, the
-    first few successes make them small before the means are right, and such a policy tries no other codes."""
+    At first it is the codes' prior, N(0, I). In RL there is no KL, so to leave the prior costs nothing. Its standard
+    deviations stay above `least_std`. Without that bound, the first few successes make them small before the means are
+    right, and such a policy tries no other codes."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -806,7 +808,7 @@ def reinforce(run: Run, phase: str, model: nn.Module, peak: float, play, log_pro
     """RL from one reward at the end of an episode. run.curves[phase] becomes [(episodes, success of that batch)].
 
     play(rng) -> Decisions, success. log_prob(inputs, chosen) -> (B, K) by the present `model`. peak: highest learning
-    rate. RL ends early when the success of a batch is `enough`: one measurement needs a policy that is half trained.
+    rate. RL ends early when the success of a batch is `enough`: `claim_credit` needs a half-trained policy.
 
     This is PPO without its critic: the only reward comes at the end, and the mean of the batch is its baseline. There
     is no entropy bonus. The clipped ratio allows several passes over a batch. Its bound is wide, because the first
