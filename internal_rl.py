@@ -531,7 +531,7 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
 # Gate, encoder and policy see residuals. They remember what they saw, in GRUs of their own, even if the base is blind.
-# If it is not, each residual tells of earlier steps, too.
+# If the base is not blind, each residual tells of earlier steps, too.
 #
 # To tell the next moves, or the place to go to, costs about as little as to tell the colour, and predicts the expert
 # as well. Two departures from the paper make codes name the colour:
@@ -570,8 +570,8 @@ def propose(run: Run, base: BaseModel, meta: Metacontroller, episodes: envs.Epis
 
     The encoder proposes at every step; for the ant at fewer (`proposing_steps`). Elsewhere the proposal is noise, and
     free. The encoder reads a copy of these steps, then the last observation, which shows the last visit. The lower
-    blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy nearly every step is a jump. In
-    phase 1 one in ten was, so such a past would tell the base nothing."""
+    blocks read the copy blind all through phase 2 (unless `blind` is 0): in the copy nearly every step is a jump,
+    unlike in phase 1, so such a past would tell the base nothing."""
     view = run.world.shuffled(episodes.obs, rng) if run.config.shuffle else episodes.obs
     proposes = proposing_steps(run, episodes, progress)  # (B, T), on the grid True up to the end of the episode
     read, last = take_steps(run, view, proposes, episodes.lengths)  # on the grid the whole copy, (B, T + 1, F)
@@ -750,6 +750,7 @@ class Policy(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.least_std = c.least_std
+        self.read = nn.RMSNorm(c.dim, elementwise_affine=False)  # as in the metacontroller
         self.gru = nn.GRU(c.dim, c.policy_dim, batch_first=True)
         self.head = nn.Linear(c.policy_dim, 2 * c.code_dim)
         nn.init.zeros_(self.head.weight)
@@ -758,7 +759,7 @@ class Policy(nn.Module):
     def forward(self, residual, state=None):
         """residual (B, K, D) at K decisions -> distribution of codes (B, K, Z), state (1, B, policy_dim). A code is
         one choice: its log-probability is the sum over its Z numbers."""
-        x, state = self.gru(F.rms_norm(residual, residual.shape[-1:]), state)
+        x, state = self.gru(self.read(residual), state)
         mean, log_std = self.head(x).chunk(2, dim=-1)
         return normal(mean, log_std.exp().clamp_min(self.least_std)), state
 

@@ -1525,7 +1525,8 @@ def test_help_explains_every_field_and_presets_are_possible():
 
 def test_readme_mentions_only_what_exists():
     """Every --flag of the README (but pip's) is in --help, every file under results/ that it names exists, each test
-    that it names for an exercise is one here, and each function one of internal_rl.py."""
+    that it names for an exercise is one here, and each function one of internal_rl.py. It lists the sections of
+    that file that have a place in the paper, in order."""
     text = "\n".join(line for line in source("README.md").splitlines() if "pip install" not in line)
     flags = lambda text: set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert flags(text) - flags(ir.make_parser().format_help()) == set()
@@ -1535,6 +1536,9 @@ def test_readme_mentions_only_what_exists():
     for function, name in exercises:
         assert re.search(rf"def test_\w*{name}", tests)
         assert callable(functools.reduce(getattr, function.split("."), ir))
+    sections = re.findall(r"^# -{90,}\n# (.*) \(paper: (.*?)\)?$", source("internal_rl.py"), re.M)
+    named = "; ".join(f"*{title}* ({paper})" for title, paper in sections)
+    assert len(sections) >= 7 and named in " ".join(source("README.md").split())
 
 
 def shown(seeds: list[dict], key: str) -> str:
@@ -1551,7 +1555,7 @@ def test_numbers_of_the_readme():
     """The table of results has, for each key that it names, the numbers of results/*.json; the sentence about the
     seeds that chose nothing has theirs."""
     rows = re.findall(r"^\|[^|]*\(`(\w+)`\) \|(.*?)\|(.*?)\|(.*?)\|.*\|$", source("README.md"), re.M)
-    assert len(rows) >= 11
+    assert len(rows) >= 12
     for i, name in enumerate(("grid-classroom", "grid-laptop", "ant-classroom")):
         seeds = json.loads(source(f"results/{name}.json"))["seeds"]
         assert {row[0]: row[1 + i].strip() for row in rows} == {row[0]: shown(seeds, row[0]) for row in rows}
