@@ -127,8 +127,8 @@ class Config:
     # base model (paper: App. C.1, D.1)
     layers: Count = 3  # blocks (paper: 6; ant: 8)
     dim: Many = 96  # D, width of the residual stream (paper: n_e = 256)
-    mlp: Count = 256  # hidden units of each MLP (paper: 512)
-    swiglu: bool = True  # departure: MLPs that multiply two layers (SwiGLU) instead of ReLU
+    mlp: Count = 384  # hidden units of each MLP (paper: 512)
+    swiglu: bool = False  # departure: MLPs that multiply two layers (SwiGLU) instead of ReLU
     relative_obs: bool = True  # departure: objects at their offset from the agent, not at their cell
     init_scale: Rate = 0.33  # variance of a layer's first weights x number of its inputs (paper: 0.1)
     control_block: Natural = 1  # departure: the controller acts after this many blocks (paper: layers / 2)
@@ -146,7 +146,7 @@ class Config:
     rank: Count = 16  # R, of the controllers (paper: 16; ant: full)
     blind: Chance = 0.65  # departure: blind (no memory) for this share of phase 2, then ever less (1: always)
     forget: bool = False  # departure: when the gate opens, the upper blocks forget what came before
-    temperature: Rate = 0.3  # departure: when the steered base acts; training losses do not use it (paper: 1)
+    temperature: Rate = 1.0  # departure if not 1: when the steered base acts; training losses do not use it
     steer_steps: Natural = 1000  # of the check (paper: 3200)
     # phase 2: discover (paper: App. D.2)
     history_dim: Count = 32  # H, of history and summary (paper: n_h, n_s)
@@ -160,7 +160,7 @@ class Config:
     cotrain: bool = False  # control experiment (paper: Figs. 7, 8): a fresh base learns with the metacontroller
     # phase 3: internal RL, and RL on raw actions (paper: App. C.5)
     policy_dim: Count = 64  # width of the recurrent policy (paper: 256)
-    least_std: Weight = 0.1  # departure: the policy's standard deviations are at least this
+    least_std: Weight = 0.0  # departure: the policy's standard deviations are at least this
     rl_episodes: Natural = 200_000  # (paper: up to 100,000 x 1024)
     rl_batch: Count = 1024  # episodes collected at a time (paper)
     rl_lr: Rate = 2e-3  # peak (paper: 3e-5)
@@ -238,9 +238,8 @@ def each_alone(x):
 
 
 class MLP(nn.Module):
-    """ReLU MLP as in the paper, or SwiGLU: a product of two layers, one of them through a SiLU.
-
-    A product helps: the next move depends on which goal the expert has and on where it lies, on both together."""
+    """ReLU MLP as in the paper. Or SwiGLU, for the 7x7 grid and the ant: a product of two layers, one of them through
+    a SiLU. The next move depends on which goal the expert has and on where it lies, on both together."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -633,7 +632,7 @@ class Pilot:
     """Steers the base while it acts. This one leaves it alone."""
 
     def __init__(self, temperature: float = 1.0, blind=False, forget=False):
-        self.temperature = temperature  # of the actions (.3 if steered: the base is small and not sure enough)
+        self.temperature = temperature  # of the actions
         self.blind = blind  # the base is read blind
         self.forget = forget and not blind  # upper blocks forget where `opened`
 
@@ -715,9 +714,10 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
         if done.all():
             break
         if done.any():
-            alive, kept = alive[~done], run.tensor(~done)
+            alive, kept = alive[~done], run.tensor(np.flatnonzero(~done))
             batch.select(~done)
-            lower_past, upper_past = ([part[:, kept] for part in past] for past in (lower_past, upper_past))
+            keep = lambda past: [part.index_select(1, kept) for part in past]  # faster than part[:, kept]
+            lower_past, upper_past = keep(lower_past), keep(upper_past)
         if pilot.blind:  # the base remembers nothing
             lower_past = upper_past = None
     obs, action, log_prob, reward, visited, mask = by_episode(steps)
@@ -743,9 +743,8 @@ def rollout(run: Run, base: BaseModel, pilot, batch: envs.Batch) -> tuple[Decisi
 class Policy(nn.Module):
     """Causal policy over codes: a GRU whose state advances at decisions, then a Gaussian.
 
-    At first it is the codes' prior, N(0, I). In RL there is no KL, so to leave the prior costs nothing. Its standard
-    deviations stay above `least_std`. Without that bound, the first few successes make them small before the means are
-    right, and such a policy tries no other codes."""
+    At first it is the codes' prior, N(0, I). In RL there is no KL, so to leave the prior costs nothing. For the 7x7
+    grid and the ant, its standard deviations stay above `least_std`."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -863,6 +862,10 @@ def internal_rl(run: Run, base: BaseModel, meta: Metacontroller) -> Policy:
 # controller forget when the gate opens (`forget`). The block below is always blind (`blind_blocks`): the gate reads
 # what comes out of it, so it cannot know yet whether the gate opens.
 #
+# *Both*: MLPs that multiply (`swiglu`). Actions at temperature 0.3 when the base is steered: so small a base is not
+# sure enough. And a floor under the policy's standard deviations (`least_std`): without it, the first few successes
+# make them small before the means are right, and such a policy tries no other codes.
+#
 # *The ant*, a body with four legs on a floor of 4x4 cells. RL simulates it: a stride, one movement of its legs, takes
 # about ten steps. Phases 1 and 2 do not: a training episode is put together from bodies recorded while ants walked,
 # and each of its steps moves the ant by up to one and a half strides. A base with memory has never seen an ant as slow
@@ -933,19 +936,20 @@ def put_back(run: Run, said, proposes):
 
 
 CLASSROOM = Config()
+EASIER = dict(swiglu=True, mlp=256, temperature=0.3, least_std=0.1)  # the 7x7 grid and the ant need this
 PAPER = replace(
-    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, swiglu=False, relative_obs=False, init_scale=0.1,
+    CLASSROOM, world="paper", layers=6, dim=256, mlp=512, relative_obs=False, init_scale=0.1,
     control_block=3, pretrain_steps=256_000, pretrain_batch=1024, pretrain_lr=3e-4,
     fast_optimiser=False, obs_loss=0.01, jumps=0.0, shuffle=False, discover_steps=64_000, discover_batch=512,
-    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17, temperature=1.0,
-    policy_dim=256, least_std=0.0, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2,
+    discover_lr=1e-3, blind=0.0, steer_steps=3200, kl_weight=0.17,
+    policy_dim=256, rl_episodes=102_400_000, rl_lr=3e-5, rl_epochs=1, rl_minibatches=1, rl_clip=0.2,
     raw_lr=3e-5,
 )  # fmt: skip
 PRESETS = {
     "grid": {
         "classroom": CLASSROOM,
         "laptop": replace(
-            CLASSROOM, world="paper", layers=4, blind_blocks=1, pretrain_steps=10_000, pretrain_batch=64,
+            CLASSROOM, world="paper", layers=4, blind_blocks=1, **EASIER, pretrain_steps=10_000, pretrain_batch=64,
             pretrain_lr=5e-3, jumps=0.05, steer_steps=1500, discover_steps=5000, discover_batch=32,
             discover_lr=3e-3, blind=0.36, forget=True, kl_weight=0.1,
         ),
@@ -953,7 +957,7 @@ PRESETS = {
     },
     "ant": {
         "classroom": replace(
-            CLASSROOM, world="ant", layers=4, dim=128, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
+            CLASSROOM, world="ant", layers=4, dim=128, **EASIER, jumps=0.4, obs_loss=10.0, pretrain_steps=5000,
             pretrain_batch=64, pretrain_lr=5e-3, steer_steps=1600, discover_steps=7000, discover_lr=2e-3,
             blind=1.0, kl_weight=2.0, free_codes=0.325, rl_episodes=40_960, rl_batch=512, eval_episodes=512,
         ),

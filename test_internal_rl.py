@@ -1216,7 +1216,7 @@ def bandit(run, policy, pays=1.0):
 def test_rewarded_code_becomes_likelier(monkeypatch):
     """On a bandit that pays one code in six, `reinforce` raises success from 16% to over 80%, at the rates of a whole
     phase; the policy leaves N(0, I) by over a nat, deviations above `least_std`. Without success it learns nothing."""
-    run, rate, asked = make_run(rl_batch=256, rl_episodes=256 * 25), ir.rate, []
+    run, rate, asked = make_run(rl_batch=256, rl_episodes=256 * 25, least_std=0.1), ir.rate, []
     monkeypatch.setattr(ir, "rate", lambda c, progress: asked.append(progress) or rate(c, progress))
     policy = ir.Policy(run.config)
     ir.reinforce(run, "rl", policy, 1e-2, *bandit(run, policy))
