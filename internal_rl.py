@@ -11,14 +11,15 @@ succeed by chance, and can only then learn. RL begins with a model, the *base*, 
 Each expert's episode has three visits, in one of 16 orders. After a visit to 0 no expert goes to 1, nor from 1 to 2,
 from 2 to 3 or from 3 to 0. So the RL task has only moves from colour to colour that no expert makes. How likely is a
 first success by chance? We measured how often each of the six visits is right when all visits before it were right.
-(The base alone almost never makes the second. To measure its third visit, say, a script made the first two.) The
-product is the chance:
+(The base alone almost never makes the second. To measure its third visit, say, a script made the first two.) Behind
+them is how many episodes are solved. For the base that is more than the product, as layouts differ: on an easy one,
+all visits are easy.
 
-    the base acts alone:                  .255 x .0022 x .0195 x .105 x .0073 x .113 = about 1 in 1,000,000,000
-    random *codes* steer the same base:   .262 x .222 x .194 x .249 x .153 x .318    = about 1 in 7,300
+    the base acts alone:                  .249, .0044, .0489, .0283, .115, .0817    3 of 6,000,000
+    random *codes* steer the same base:   .246, .175,  .226,  .189,  .250, .234     11 of 102,400, 1 in 9,300
 
-RL on raw actions starts from the base, not from random moves, so it sees no reward and learns nothing. RL on codes
-sees some rewards. A code is eight numbers. The codes that the model learns make the base walk to one colour each,
+RL on raw actions starts from the base, not from random moves, so it sees no reward in 200,000 episodes. RL on codes
+sees some. A code is eight numbers. The codes that the model learns make the base walk to one colour each,
 mostly whatever it visited before, so also from 0 to 1. Most random codes, too, lead to some colour. Nobody tells the
 model which codes there are: it finds them in the trajectories of the experts. This takes three phases, in the order of
 this file:
@@ -544,7 +545,7 @@ def pretrain(run: Run) -> BaseModel:
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
 #    must learn to steer such a base. Codes keep their meaning; we think because training changes codes that work only
 #    little by little. Phase 2 never trains the code for 1 right after 0, where a base with memory avoids 1. It works
-#    all the same: after 0, .222 of the random codes lead to 1 (see the top of this file). If the base ignored the
+#    all the same: after 0, .175 of the random codes lead to 1 (see the top of this file). If the base ignored the
 #    past, and random codes named the four colours equally often, .25 of them would. We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
