@@ -240,7 +240,7 @@ def each_alone(x):
 
 class MLP(nn.Module):
     """ReLU MLP as in the paper. Or SwiGLU, for the 7x7 grid and the ant: a product of two layers, one of them through
-    a SiLU. The next move depends on which goal the expert has and on where it lies, on both together."""
+    a SiLU. A product may help there: the next move depends on which goal the expert has and on where it lies."""
 
     def __init__(self, c: Config):
         super().__init__()
