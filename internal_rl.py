@@ -12,8 +12,9 @@ Each expert's episode has three visits, in one of 16 orders. After a visit to 0 
 from 2 to 3 or from 3 to 0. So the RL task has only moves from colour to colour that no expert makes. How likely is a
 first success by chance? Here is how often each of the six visits is right when all visits before it were right, on
 seed 0. (The base alone almost never makes the second. To measure its third visit, say, an expert of the RL task makes
-the first two.) Behind them is how many episodes are solved, on six seeds. For the base that is more than the product
-of the six shares. We think because layouts differ: on an easy one, all visits are easy.
+the first two.) Behind them is how many episodes are solved, on six seeds. (Those of the base are episodes of RL on raw
+actions, which learned nothing.) For the base that is more than the product of the six shares. We think because layouts
+differ: on an easy one, all visits are easy.
 
     the base acts alone:                  .249, .0044, .0489, .0283, .115, .0817    8 of 12,000,000, 1 in 1,500,000
     random *codes* steer the same base:   .246, .175,  .226,  .189,  .250, .234     67 of 614,400, 1 in 9,200
@@ -540,14 +541,14 @@ def pretrain(run: Run) -> BaseModel:
 #    at all steps. The copy shows when the agent stands on which colour, but no directions and no places. (Without the
 #    copy the gate opens at the same steps, but a code does not say which colour, and RL fails.)
 # 2. At first the base is blind. With memory it would know that experts go from 0 to 2 or 3, and from 3 to 1 or 2. Then
-#    one code could mean 2 after 0, but 1 after 3 ("the lower of the two"). No code would lead from 0 to 1, and RL needs
-#    that. A blind base does not know, one step after 0, that it comes from there. Such a code cannot guide it any more;
-#    one that names the goal itself, "go to 1", can.
+#    one code could mean 2 after 0, but 1 after 3 ("the lower of the two"). No code would lead from 0 to 1, and RL
+#    needs that. One step after 0, a blind base does not know that it comes from there. Such a code cannot guide it any
+#    more; one that names the goal itself, "go to 1", can.
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
-#    must learn to steer such a base. The codes that were learned blind keep their meaning. One of them is never trained
-#    with memory where RL needs it: no expert goes from 0 to 1, so a base with memory avoids 1 there. It works all the
-#    same: after 0, .175 of the random codes lead to 1 (see the top of this file). If the base ignored the past, and
-#    random codes named the four colours equally often, .25 of them would. We do not know why.
+#    must learn to steer such a base. The codes that were learned blind keep their meaning. And they work even where
+#    phase 2 never uses them: no expert goes from 0 to 1, so there a base with memory avoids 1, and no code is trained
+#    to overrule it. All the same, after 0 .175 of the random codes lead to 1 (see the top of this file). If the base
+#    ignored the past, and random codes named the four colours equally often, .25 of them would. We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 

@@ -1605,7 +1605,9 @@ def test_claims_of_the_readme():
                 assert cell == "not measured"
 
 
-@pytest.mark.parametrize("env, preset, seed", [("grid", "classroom", 0), ("grid", "laptop", 0), ("ant", "classroom", 1)])
+@pytest.mark.parametrize(
+    "env, preset, seed", [("grid", "classroom", 0), ("grid", "laptop", 0), ("ant", "classroom", 1)]
+)
 def test_the_trained_runs_of_the_clone_are_of_todays_presets(env, preset, seed):
     """The models in results/ are seed 0 (of the ant 1, the median) of the preset that the code has now, as is checked
     before they are watched."""
