@@ -531,9 +531,8 @@ def pretrain(run: Run) -> BaseModel:
 #     phase 2, end        all steps so far       all steps so far   all steps, renumbered
 #     phase 3             all steps so far       all steps so far                             step 1, open gates
 # (This is the small grid. The others are in "What the 7x7 grid and the ant need besides".)
-# Gate, encoder and policy see residuals, each in one more way than the table says. They have GRUs of their own, which
-# remember what they saw even if the base is blind. And the residuals that gate and policy see are those of the base:
-# when it is not blind, each tells of earlier steps, too.
+# Gate, encoder and policy see residuals. They remember what they saw, in GRUs of their own, even if the base is blind.
+# When the base is not blind, each residual that gate and policy see tells of earlier steps, too.
 #
 # To tell the next moves, or the place to go to, costs about as little as to tell the colour, and predicts the expert
 # as well. Two departures from the paper make codes name the colour:
