@@ -545,9 +545,9 @@ def pretrain(run: Run) -> BaseModel:
 #    more; one that names the goal itself, "go to 1", can.
 #    Later, ever more episodes are read with memory. In phase 3 the base remembers, as the paper's does, so controllers
 #    must learn to steer such a base. The codes that were learned blind keep their meaning. And they work even where
-#    phase 2 never uses them: no expert goes from 0 to 1, so there a base with memory avoids 1, and no code is trained
-#    to overrule it. All the same, after 0 .175 of the random codes lead to 1 (see the top of this file). If the base
-#    ignored the past, and random codes named the four colours equally often, .25 of them would. We do not know why.
+#    phase 2 never uses them: no expert goes from 0 to 1, so right after 0 a base with memory avoids 1, and no code is
+#    trained to overrule it. All the same, .175 of the random codes lead from 0 to 1 (see the top of this file). If the
+#    base ignored the past, and random codes named the four colours equally often, .25 would. We do not know why.
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -1504,12 +1504,12 @@ def claim_explore(run: Run, models: dict):
     c, rng = run.config, run.seeded("claims")
     meta, restless = models["discover"], copy.copy(models["discover"])
     restless.force_open = True
-    colder = "" if c.temperature == 1 else f", temperature {c.temperature}"
+    colder = "" if c.temperature == 1 else f", temperature {c.temperature}"  # at 1 the base has one entry
     pilots = {
         "random codes": lambda: CodePilot(run, c.rl_batch, meta, random_codes(run)),
         "random codes, gate forced open": lambda: CodePilot(run, c.rl_batch, restless, random_codes(run)),
         "the base alone": Pilot,
-        f"the base alone{colder}": lambda: Pilot(c.temperature),  # at temperature 1 the same entry as the last
+        f"the base alone{colder}": lambda: Pilot(c.temperature),
         "random moves": lambda: Pilot(1e6),
     }
     play = lambda pilot: rollout(run, models["pretrain"], pilot, run.world.batch(c.rl_batch, rng))[1]
@@ -1971,7 +1971,7 @@ def write_json(path: Path, content) -> None:
 
 
 SHIPPED = Path(__file__).parent / "results"  # where trained runs lie that come with the code
-SHIPPED_SEED = {"ant": 1}  # their seeds, and the defaults of --seed; else 0. Of three ants, this is the median
+SHIPPED_SEED = {"ant": 1}  # seed of such a run, and default of --seed. Others: 0. The ant's is the median of three
 
 
 def read_json(path: Path):
